@@ -1,0 +1,1 @@
+"""Recipes shipped with the toolkit, as package data (`xmc.recipes`)."""

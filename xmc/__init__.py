@@ -1,0 +1,1 @@
+"""Extreme multi-label classification with sparse output layers."""

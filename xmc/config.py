@@ -1,0 +1,276 @@
+"""Options of a run: frozen dataclasses, read strictly from TOML.
+
+An unknown key, a wrong type or a value outside its range is a `ConfigError` of one line that
+names the file, the key, the rule and the value. Nothing is converted silently: "3" is no number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FeatureConfig:
+    """How a text becomes encoder input."""
+
+    kind: Literal["bag", "tokens"] = "bag"
+    """bag: weighted word n-grams for the bag encoder; tokens: token ids for a transformer."""
+    vocabulary: Literal["tfidf", "hashing"] = "tfidf"
+    """tfidf: one id per n-gram seen often enough; hashing: 2^hash_bits ids, no vocabulary file."""
+    ngrams: Literal[1, 2] = 1
+    """1: words; 2: words and pairs of neighbouring words."""
+    min_df: Positive = 2
+    """Keep n-grams that occur in at least this many training documents."""
+    max_features: Positive = 500_000
+    """Keep at most this many n-grams, the most frequent first."""
+    hash_bits: Annotated[int, Field(ge=10, le=26)] = 18
+    """Size of the hashed feature space, as a power of two."""
+    max_length: Positive = 128
+    """Longest token sequence of a transformer, special tokens included."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EncoderConfig:
+    """The network from features to the representation of D numbers."""
+
+    kind: Literal["bag", "transformer"] = "bag"
+    """bag: sum of n-gram vectors, ReLU; transformer: any Hugging Face AutoModel."""
+    dim: Positive = 512
+    """D of the bag encoder; a transformer brings its own hidden size."""
+    dropout: OpenShare = 0.3
+    """Dropout on the representation."""
+    model: str = ""
+    """Folder or hub name of the transformer."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """mean over real tokens, or the first token."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Arithmetic inside the transformer."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HeadConfig:
+    """The classifier."""
+
+    kind: Literal["sparse", "dense"] = "sparse"
+    """sparse: fixed fan-in; dense: every label reads every feature (the baseline)."""
+    fan_in: Positive = 64
+    """F: features that each label reads."""
+    group_size: Positive = 1
+    """G: neighbouring labels that share one set of features."""
+    loss: Literal["bce", "squared_hinge"] = "bce"
+    """Summed over labels, mean over examples."""
+    bias_init: Literal["zero", "log_prior"] = "log_prior"
+    """log_prior: logit of the label's frequency, so that training starts at the base rate."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewireConfig:
+    """Evolution of the sparse pattern."""
+
+    method: Literal["static", "set"] = "static"
+    """static: the pattern drawn at the start stays; set: prune the smallest, regrow at random."""
+    fraction: OpenShare = 0.15
+    """Share of each label's slots replaced by one rewiring."""
+    interval: Positive = 100
+    """Optimizer steps between two rewirings."""
+    end: Share = 0.66
+    """Share of training after which the pattern stays."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """One optimizer and its peak learning rate."""
+
+    kind: Literal["sgd", "momentum", "adamw", "adagrad"] = "adamw"
+    lr: Rate = 1e-2
+    """Learning rate after warm-up."""
+    weight_decay: Rate = 0.0
+    """Decoupled (AdamW) decay; never on biases or norms."""
+    momentum: OpenShare = 0.9
+    """Used by momentum only."""
+    betas: tuple[OpenShare, OpenShare] = (0.9, 0.999)
+    """Used by adamw only."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Used by adamw and adagrad."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """Steps, schedules and the validation split."""
+
+    epochs: Positive = 10
+    batch_size: Positive = 128
+    """Examples per encoder pass."""
+    accumulation: Positive = 1
+    """Encoder passes per optimizer step; the batch of a step is batch_size * accumulation."""
+    warmup_steps: NonNegative = 200
+    """Optimizer steps of linear warm-up, before the decay."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of both learning rates to 0 over the rest of training."""
+    validation: OpenShare = 0.1
+    """Share of the training rows held out for model selection where the data has no val split."""
+    select_by: Literal["P@1", "P@3", "P@5"] = "P@5"
+    """The validation metric that chooses the best epoch."""
+    patience: NonNegative = 0
+    """Stop after this many epochs without improvement; 0 trains all epochs."""
+    clip_norm: Rate = 0.0
+    """Largest norm of the encoder gradient; 0 leaves it alone."""
+    checkpoint_every: Positive = 1000
+    """Optimizer steps between checkpoints; one is also written after every epoch."""
+    eval_batch_size: Positive = 512
+    seed: NonNegative = 42
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """Everything a run depends on, besides the data."""
+
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    rewire: RewireConfig = field(default_factory=RewireConfig)
+    encoder_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
+    classifier_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.encoder.kind == "transformer" and not self.encoder.model:
+            raise ValueError("encoder.model: a transformer encoder needs a folder or hub name")
+        wanted = "bag" if self.encoder.kind == "bag" else "tokens"
+        if self.features.kind != wanted:
+            raise ValueError(
+                f'features.kind: a {self.encoder.kind} encoder reads "{wanted}", '
+                f'got "{self.features.kind}"'
+            )
+        sparse_bag = self.encoder.kind == "bag" and self.head.kind == "sparse"
+        if sparse_bag and self.head.fan_in > self.encoder.dim:
+            raise ValueError(
+                f"head.fan_in: expected at most encoder.dim = {self.encoder.dim}, "
+                f"got {self.head.fan_in}"
+            )
+        if self.encoder_optimizer.kind != "adamw":
+            raise ValueError(
+                'encoder_optimizer.kind: the encoder is trained by "adamw", '
+                f'got "{self.encoder_optimizer.kind}"'
+            )
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON; `from_dict` reads it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(values: dict[str, Any], *, source: str) -> Config:
+    """Validate nested values; `source` names them in an error."""
+    try:
+        # JSON mode reads the list of a TOML array as the tuple it stands for, all else strictly.
+        return _ADAPTER.validate_json(json.dumps(values, default=_refuse))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe, by path or by the name of a shipped one, and apply `a.b=value` overrides.
+
+    Raises ConfigError naming the file and the key, FileNotFoundError-free: a missing recipe is a
+    ConfigError that lists the shipped names.
+    """
+    path = _find(recipe)
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    source = str(path)
+    overrides = list(overrides)
+    for override in overrides:
+        _apply(values, override)
+    if overrides:
+        source += " with --set"
+    return from_dict(values, source=source)
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("xmc.recipes")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _find(recipe: str | Path) -> Path:
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) in shipped_recipes():
+        return Path(str(resources.files("xmc.recipes") / f"{recipe}.toml"))
+    raise ConfigError(
+        f"{recipe}: no such recipe file, nor a shipped recipe ({', '.join(shipped_recipes())})"
+    )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set head.kind=dense
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {part} is not a section")
+    section[parts[-1]] = value
+
+
+def _refuse(value: object) -> object:
+    raise ConfigError(f"expected numbers, strings, lists and tables, got {value!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem, with the known keys where a key is unknown."""
+    problem = error.errors(include_url=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "unexpected_keyword_argument":
+        known = _keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{name}: unknown key (known: {', '.join(known)}){hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    message = message[0].lower() + message[1:]
+    return f"{name}: {message}, got {problem['input']!r}"
+
+
+def _keys(sections: list[str]) -> list[str]:
+    current: Any = Config()
+    for section in sections:
+        current = getattr(current, section)
+    return [option.name for option in dataclasses.fields(current)]
