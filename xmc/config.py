@@ -141,6 +141,8 @@ class TrainConfig:
     checkpoint_every: Positive = 1000
     """Optimizer steps between checkpoints; one is also written after every epoch."""
     eval_batch_size: Positive = 512
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     seed: NonNegative = 42
 
 

@@ -1,0 +1,146 @@
+"""The classifier head: scores for all labels, trained by the fused step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from xmc_kernels.classifier import UpdateRule, classifier_step_, make_state
+from xmc_kernels.topk import fan_in_topk
+
+from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.heads.head import HeadResult
+from xmc.nn.fan_in import FixedFanInLinear
+from xmc.nn.rewire import RewireReport, set_rewire_
+from xmc.types import SparseLabels, TopK
+
+
+class ClassifierHead(nn.Module):
+    """One-against-all classifier over a fixed fan-in layer, or over a dense one.
+
+    The layer's weights never enter autograd: `loss_and_grad` computes scores, gradients and the
+    optimizer's update label tile by label tile, so neither `[B, L]` nor a gradient of the weights
+    exists (an `[L, F]` gradient does while a step is accumulated over several passes).
+    """
+
+    def __init__(
+        self,
+        layer: FixedFanInLinear | nn.Linear,
+        *,
+        loss: str = "bce",
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
+        super().__init__()
+        optimizer = optimizer or OptimizerConfig()
+        self.layer = layer.requires_grad_(False)
+        self.loss = loss
+        self.rule = UpdateRule(
+            kind=optimizer.kind,
+            momentum=optimizer.momentum,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.lr = optimizer.lr  # set by the trainer before every step
+        self.steps = 0  # optimizer steps taken
+        self._moments = make_state(layer.weight, layer.bias, self.rule)
+
+    @classmethod
+    def from_config(
+        cls,
+        in_features: int,
+        num_labels: int,
+        config: HeadConfig,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        label_shares: Tensor | None = None,  # [L], share of training rows with the label
+    ) -> ClassifierHead:
+        """A fresh head; `label_shares` feeds the log-prior bias."""
+        layer: FixedFanInLinear | nn.Linear
+        if config.kind == "sparse":
+            layer = FixedFanInLinear(
+                in_features, num_labels, config.fan_in, group_size=config.group_size
+            )
+        else:
+            layer = nn.Linear(in_features, num_labels)
+        with torch.no_grad():
+            layer.bias.zero_()
+            if config.bias_init == "log_prior" and label_shares is not None:
+                layer.bias.copy_(torch.logit(label_shares.double()))
+        return cls(layer, loss=config.loss, optimizer=optimizer)
+
+    @property
+    def index(self) -> Tensor | None:
+        """[L/G, F] for a sparse layer, None for a dense one."""
+        return self.layer.index if isinstance(self.layer, FixedFanInLinear) else None
+
+    @property
+    def num_labels(self) -> int:
+        return self.layer.out_features
+
+    @torch.no_grad()
+    def loss_and_grad(
+        self,
+        reps: Tensor,  # [B, D]
+        labels: SparseLabels,
+        *,
+        num_rows: int | None = None,
+        update: bool = True,
+    ) -> HeadResult:
+        """Loss summed over labels, mean over `num_rows`; updates the layer in place.
+
+        Raises ValueError on representations that are not finite.
+        """
+        loss, d_reps = classifier_step_(
+            reps,
+            self.layer.weight,
+            self.index,
+            self.layer.bias,
+            labels.indptr,
+            labels.indices,
+            loss=self.loss,
+            rule=self.rule,
+            state=self._moments,
+            lr=self.lr,
+            step=self.steps + 1,
+            grad_scale=1.0 / (num_rows or len(reps)),
+            update=update,
+        )
+        self.steps += update
+        return HeadResult(loss, d_reps)
+
+    @torch.no_grad()
+    def topk(
+        self,
+        reps: Tensor,  # [B, D]
+        k: int,
+        exclude: SparseLabels | None = None,  # labels never returned for a row
+    ) -> TopK:
+        """The k best labels of each row, streamed over label tiles."""
+        pairs = None if exclude is None else (exclude.indptr, exclude.indices)
+        scores, labels = fan_in_topk(
+            reps, self.layer.weight, self.index, self.layer.bias, k, exclude=pairs
+        )
+        return TopK(scores, labels)
+
+    def rewire_(self, config: RewireConfig, *, seed: int, step: int) -> RewireReport:
+        """One SET step on the layer and the optimizer's moments, in place."""
+        if not isinstance(self.layer, FixedFanInLinear):
+            raise ValueError("rewire.method: a dense head has no pattern to rewire")
+        moments = [m for m in (self._moments.weight_m, self._moments.weight_v) if m is not None]
+        return set_rewire_(
+            self.layer.weight,
+            self.layer.index,
+            self.layer.in_features,
+            fraction=config.fraction,
+            seed=seed,
+            step=step,
+            moments=moments,
+        )
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, by name; the same storage, so that they can be loaded into."""
+        named = {name: getattr(self._moments, name) for name in _MOMENTS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+_MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v")

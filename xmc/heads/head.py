@@ -1,0 +1,43 @@
+"""The contract between a trainer and what stands on top of the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from xmc.types import SparseLabels
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """What one pass of a head returns.
+
+    Gradient scale: both fields belong to the **global mean loss** of the optimizer step, whatever
+    the number of chunks it is computed in. Summing results over the chunks gives the whole.
+    """
+
+    loss: Tensor  # [] float32
+    d_reps: Tensor  # [B, D], the loss's gradient with respect to the representations
+
+
+class Head(Protocol):
+    """Loss and gradient of a batch of representations; the head's own weights are its business."""
+
+    def loss_and_grad(
+        self,
+        reps: Tensor,  # [B, D], detached
+        labels: SparseLabels,  # B rows
+        *,
+        num_rows: int | None = None,
+        update: bool = True,
+    ) -> HeadResult:
+        """Return the loss and `d_reps` of these rows.
+
+        Args:
+            num_rows: rows of the whole optimizer step, over which the mean is taken (default: B).
+            update: False keeps the gradient of the head's weights for a later call of the same
+                step; True applies it together with what was kept.
+        """
+        ...
