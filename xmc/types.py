@@ -184,12 +184,14 @@ class Batch:
     inputs: Bag | Tokens
     labels: SparseLabels
     rows: Tensor  # [B] int64
+    exclude: SparseLabels | None = None  # labels a row must not be given (the filter file)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.inputs.to(device), self.labels.to(device), self.rows.to(device))
+        exclude = None if self.exclude is None else self.exclude.to(device)
+        return Batch(self.inputs.to(device), self.labels.to(device), self.rows.to(device), exclude)
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Consecutive slices of at most `size` examples."""
@@ -199,6 +201,7 @@ class Batch:
                 self.inputs.slice(start, stop),
                 self.labels.slice(start, stop),
                 self.rows[start:stop],
+                None if self.exclude is None else self.exclude.slice(start, stop),
             )
 
 

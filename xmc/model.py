@@ -1,0 +1,192 @@
+"""A trained or trainable model: features, encoder, classifier head and label strings, and its files.
+
+The folder of a model holds `model.json` (format version, options, sizes), `labels.json.gz` (label
+strings in order), `features/` (vocabulary or tokenizer), `encoder/` (a transformer's own options)
+and `weights.safetensors`. Only the last changes while a run goes on, and by one rename.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xmc.config import Config, ConfigError, from_dict, to_dict
+from xmc.data.features import Features, load_features
+from xmc.files import write_file, write_json
+from xmc.heads.classifier import ClassifierHead
+from xmc.nn.encoder import BagEncoder, TransformerEncoder
+from xmc.types import Bag, Batch, SparseLabels, Tokens, TopK
+
+_VERSION = 1
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be read."""
+
+
+class XMCModel(nn.Module):
+    """Encoder and head with what they need to take text in and give label strings out."""
+
+    def __init__(
+        self,
+        config: Config,
+        features: Features,
+        labels: list[str],
+        encoder: BagEncoder | TransformerEncoder,
+        head: ClassifierHead,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.features = features
+        self.labels = labels
+        self.encoder = encoder
+        self.head = head
+
+    @torch.inference_mode()
+    def topk(self, inputs: Bag | Tokens, k: int, exclude: SparseLabels | None = None) -> TopK:
+        """The k best labels of each input, without dropout; restores the training mode."""
+        training = self.encoder.training
+        self.encoder.eval()
+        try:
+            return self.head.topk(self.encoder(inputs), k, exclude)
+        finally:
+            self.encoder.train(training)
+
+    def topk_of(self, k: int) -> Callable[[Batch], TopK]:
+        """A function of a batch, as evaluation wants it, that honours the batch's filter."""
+        device = next(self.encoder.parameters()).device
+
+        def topk(batch: Batch) -> TopK:
+            moved = batch.to(device)
+            best = self.topk(moved.inputs, k, moved.exclude)
+            return TopK(best.scores.cpu(), best.labels.cpu())
+
+        return topk
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor of encoder and head by name, sharing storage with the model."""
+        return dict(self.state_dict(keep_vars=False))
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights and indices."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.weights().values())
+
+
+def build_model(
+    config: Config,
+    features: Features,
+    labels: list[str],
+    *,
+    label_shares: Tensor | None = None,  # [L], share of training rows that carry each label
+) -> XMCModel:
+    """A fresh model with weights drawn from torch's global generator."""
+    encoder = _build_encoder(config, features, config.encoder.model)
+    head = ClassifierHead.from_config(
+        encoder.out_features,
+        len(labels),
+        config.head,
+        config.classifier_optimizer,
+        label_shares=label_shares,
+    )
+    return XMCModel(config, features, labels, encoder, head)
+
+
+def save_model(model: XMCModel, folder: Path) -> None:
+    """Write a complete model folder, part by part; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.features.save(folder / "features")
+    if isinstance(model.encoder, TransformerEncoder):
+        model.encoder.save_config(folder / "encoder")
+    text = json.dumps(model.labels, ensure_ascii=False).encode()
+    write_file(folder / "labels.json.gz", lambda path: _write_gzip(path, text))
+    save_weights(model, folder)
+    record = {
+        "version": _VERSION,
+        "num_labels": len(model.labels),
+        "num_features": model.features.num_features,
+        "config": to_dict(model.config),
+    }
+    write_json(folder / "model.json", record)
+
+
+def save_weights(model: XMCModel, folder: Path) -> None:
+    """Replace `weights.safetensors` in one rename."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.weights().items()}
+    write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path))
+
+
+def load_model(folder: Path) -> XMCModel:
+    """Read a model folder. Raises ModelError naming the file that is missing or damaged."""
+    record = _read_record(folder / "model.json")
+    config = record["config"]
+    labels = _read_labels(folder / "labels.json.gz", record["num_labels"])
+    features = load_features(folder / "features", config.features)
+    encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
+    head = ClassifierHead.from_config(
+        encoder.out_features, len(labels), config.head, config.classifier_optimizer
+    )
+    model = XMCModel(config, features, labels, encoder, head)
+    path = folder / "weights.safetensors"
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        model.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing") from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path}: not the weights of this model: {reason}") from None
+    return model.eval()
+
+
+def _build_encoder(
+    config: Config, features: Features, source: str, *, from_config: bool = False
+) -> BagEncoder | TransformerEncoder:
+    options = config.encoder
+    if options.kind == "bag":
+        return BagEncoder(features.num_features, options.dim, options.dropout)
+    make = TransformerEncoder.from_config if from_config else TransformerEncoder
+    return make(
+        source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if record["version"] != _VERSION:
+            raise ModelError(f"{path}: expected version {_VERSION}, got {record['version']}")
+        record["config"] = from_dict(record["config"], source=str(path))
+        return {"num_labels": int(record["num_labels"]), "config": record["config"]}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing: no model here") from None
+    except (ModelError, ConfigError):
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a model description: {error!r}") from None
+
+
+def _read_labels(path: Path, num_labels: int) -> list[str]:
+    try:
+        with gzip.open(path) as handle:
+            labels: list[str] = json.loads(handle.read())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise ModelError(f"{path}: not a list of labels: {error}") from None
+    if len(labels) != num_labels:
+        raise ModelError(f"{path}: expected {num_labels} labels, got {len(labels)}")
+    return labels
+
+
+def _write_gzip(path: Path, content: bytes) -> None:
+    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        packed.write(content)

@@ -1,0 +1,36 @@
+"""The JSONL log of a run: one object a line, cut back to the checkpoint on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Appends events; a resumed run forgets what was written after its checkpoint."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self._file = path.open("ab")
+        self._file.truncate(keep_bytes)
+
+    def write(self, event: str, **values: Any) -> None:
+        line = json.dumps({"event": event, **values}, ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the log to disk and return its length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All complete events of a log."""
+    lines = path.read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,310 @@
+"""The training loop: encoder by autograd, head by its fused step, both from one loss."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmc.config import Config
+from xmc.data.batches import Dataset, epoch_batches, epoch_order
+from xmc.evaluation.metrics import MetricAccumulator, evaluate
+from xmc.memory import peak_memory_bytes
+from xmc.model import XMCModel, save_weights
+from xmc.nn.lazy import LazyAdamW
+from xmc.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_into,
+    save_checkpoint,
+)
+from xmc.training.log import RunLog
+from xmc.training.progress import TrainingProgress
+from xmc.training.schedule import lr_factor
+
+_LOG_EVERY = 20  # optimizer steps per log line
+
+
+class Interrupted(Exception):  # noqa: N818 - a request of the user, not an error
+    """Training stopped on a signal, after writing a checkpoint."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class Trainer:
+    """Trains `model` on `train_set`, keeps the best epoch in `run/model`.
+
+    Owns the encoder's optimizer, the position in the data and the run's files. Everything that
+    decides the result is in the checkpoint, so an interrupted and resumed run ends with the same
+    bits as an uninterrupted one (same machine, same number of threads).
+    """
+
+    def __init__(
+        self,
+        model: XMCModel,
+        config: Config,
+        train_set: Dataset,
+        validation_set: Dataset | None,
+        run: Path,
+        *,
+        show_progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.train_set = train_set
+        self.validation_set = validation_set
+        self.run = run
+        self.device = next(model.encoder.parameters()).device
+        self.optimizer = make_encoder_optimizer(model.encoder, config)
+        options = config.train
+        self.rows_per_step = options.batch_size * options.accumulation
+        self.steps_per_epoch = math.ceil(len(train_set) / self.rows_per_step)
+        self.total_steps = options.epochs * self.steps_per_epoch
+        self.step = 0  # optimizer steps taken
+        self.best: dict[str, float] = {}
+        self.bad_epochs = 0
+        self.stopped_early = False
+        self.seconds = 0.0  # spent training, earlier sessions of the run included
+        self._show_progress = show_progress
+        self._signalled: signal.Signals | None = None
+
+    def fit(self, *, resume: bool = False) -> None:
+        """Train to the end. Raises Interrupted, after a checkpoint, on SIGINT or SIGTERM."""
+        log_bytes = self._restore() if resume else 0
+        log = RunLog(self.run / "log.jsonl", log_bytes)
+        try:
+            with (
+                TrainingProgress(self.total_steps, self.step, self._show_progress) as progress,
+                self._signals(),
+            ):
+                while self.step < self.total_steps and not self.stopped_early:
+                    self._epoch(log, progress)
+            log.write("end", step=self.step, seconds=round(self.seconds, 3), **self.best)
+        finally:
+            log.close()
+
+    def _epoch(self, log: RunLog, progress: TrainingProgress) -> None:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        order = epoch_order(len(self.train_set), self.config.train.seed, epoch)
+        self.model.train()
+        for rows in epoch_batches(order, self.rows_per_step, start=done):
+            started = time.perf_counter()
+            loss, grad_norm = self._optimizer_step(rows)
+            rewired = self._rewire()
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            progress.step(loss, len(rows) / seconds, peak_memory_bytes(self.device))
+            if rewired:
+                log.write("rewire", step=self.step, **rewired)
+            if self.step % _LOG_EVERY == 0 or self.step == self.total_steps:
+                log.write(
+                    "step",
+                    step=self.step,
+                    epoch=epoch,
+                    loss=loss,
+                    encoder_grad_norm=grad_norm,
+                    encoder_lr=self.optimizer.param_groups[0]["lr"],
+                    classifier_lr=self.model.head.lr,
+                    examples_per_second=round(len(rows) / seconds, 1),
+                    peak_memory_bytes=peak_memory_bytes(self.device),
+                )
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch(epoch, log, progress)
+                self._checkpoint(log)
+            elif self.step % self.config.train.checkpoint_every == 0:
+                self._checkpoint(log)
+            if self._signalled is not None and self.step < self.total_steps:
+                self._checkpoint(log)
+                raise Interrupted(f"stopped by {self._signalled.name} after step {self.step}")
+
+    def _optimizer_step(self, rows: Tensor) -> tuple[float, float]:
+        """One step on the examples `rows` [R]; returns the mean loss and the encoder's norm."""
+        config, head = self.config, self.model.head
+        factor = lr_factor(
+            self.step,
+            total=self.total_steps,
+            warmup=config.train.warmup_steps,
+            kind=config.train.schedule,
+        )
+        head.lr = config.classifier_optimizer.lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.encoder_optimizer.lr * factor
+        loss = 0.0
+        chunks = rows.split(config.train.batch_size)
+        for position, chunk in enumerate(chunks, start=1):
+            batch = self.train_set.batch(chunk).to(self.device)
+            reps = self.model.encoder(batch.inputs)
+            result = head.loss_and_grad(
+                reps.detach(),
+                batch.labels,
+                num_rows=len(rows),
+                update=position == len(chunks),
+            )
+            reps.backward(result.d_reps)
+            loss += float(result.loss)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr "
+                "or classifier_optimizer.lr"
+            )
+        norm = clip_gradient_(self.model.encoder, config.train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, norm
+
+    def _rewire(self) -> dict[str, Any] | None:
+        rewire = self.config.rewire
+        due = rewire.method != "static" and self.step % rewire.interval == 0
+        if not due or self.step >= rewire.end * self.total_steps:
+            return None
+        report = self.model.head.rewire_(rewire, seed=self.config.train.seed, step=self.step)
+        return report.to_dict()
+
+    def _end_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> None:
+        """Validate, keep the weights if they are the best so far, decide on stopping."""
+        options = self.config.train
+        if self.validation_set is None:
+            self.best = {"epoch": epoch + 1}
+            save_weights(self.model, self.run / "model")
+            return
+        started = time.perf_counter()
+        scores = evaluate(
+            self.model.topk_of(max(_VALIDATION_KS)),
+            self.validation_set.batches(options.eval_batch_size),
+            MetricAccumulator(ks=_VALIDATION_KS),
+        )
+        values = {name: scores.values[name] for name in _VALIDATION_METRICS}
+        log.write(
+            "validation",
+            step=self.step,
+            epoch=epoch + 1,
+            seconds=round(time.perf_counter() - started, 3),
+            **values,
+        )
+        progress.validation(epoch + 1, values)
+        if values[options.select_by] > self.best.get(options.select_by, -1.0):
+            self.best = {"epoch": epoch + 1, **values}
+            self.bad_epochs = 0
+            save_weights(self.model, self.run / "model")
+        else:
+            self.bad_epochs += 1
+            self.stopped_early = 0 < options.patience <= self.bad_epochs
+
+    def _checkpoint(self, log: RunLog) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.weights().items()}
+        tensors |= {f"head.{k}": v for k, v in self.model.head.training_state().items()}
+        optimizer = self.optimizer.state_dict()["state"]
+        counters: dict[str, dict[str, Any]] = {}
+        for slot, values in optimizer.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{slot}.{name}"] = value
+                else:
+                    counters.setdefault(str(slot), {})[name] = value
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "optimizer": counters,
+            "head_steps": self.model.head.steps,
+            "best": self.best,
+            "bad_epochs": self.bad_epochs,
+            "stopped_early": self.stopped_early,
+            "seconds": self.seconds,
+            "log_bytes": log.sync(),
+        }
+        save_checkpoint(self.run / "checkpoints", step=self.step, tensors=tensors, state=state)
+
+    @torch.no_grad()
+    def _restore(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the log's length at that time."""
+        path = latest_checkpoint(self.run / "checkpoints")
+        if path is None:
+            return 0
+        tensors, state = load_checkpoint(path)
+        load_into(self.model.weights(), tensors, "model.")
+        load_into(self.model.head.training_state(), tensors, "head.")
+        slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, slot, field = name.split(".", 2)
+                slots.setdefault(int(slot), {})[field] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.step = int(path.name.removeprefix("step-"))
+        self.model.head.steps = state["head_steps"]
+        self.best = state["best"]
+        self.bad_epochs = state["bad_epochs"]
+        self.stopped_early = state["stopped_early"]
+        self.seconds = state["seconds"]
+        return int(state["log_bytes"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM; a second SIGINT stops at once without a checkpoint."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._signalled is not None:
+                raise KeyboardInterrupt
+            self._signalled = signal.Signals(number)
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+_VALIDATION_KS = (1, 3, 5)
+_VALIDATION_METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "R@5")
+
+
+def make_encoder_optimizer(encoder: nn.Module, config: Config) -> LazyAdamW:
+    """AdamW with lazy rows for embedding tables; biases and norms are not decayed."""
+    options = config.encoder_optimizer
+    matrices = [p for p in encoder.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in encoder.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return LazyAdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+@torch.no_grad()
+def clip_gradient_(module: nn.Module, max_norm: float) -> float:
+    """Scale the gradients so that their joint norm is at most `max_norm` (0: only measure).
+
+    Sparse gradients count by their values; returns the norm before clipping.
+    """
+    values = []
+    for parameter in module.parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            parameter.grad = grad = grad.coalesce()
+            grad = grad.values()
+        values.append(grad)
+    if not values:
+        return 0.0
+    norm = float(torch.stack([value.float().norm() for value in values]).norm())
+    if max_norm and norm > max_norm:
+        for value in values:
+            value.mul_(max_norm / norm)
+    return norm
