@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from xmc_kernels.classifier import UpdateRule, classifier_step_, make_state
+from xmc_kernels.classifier import ClassifierState, UpdateRule, classifier_step_, make_state
 from xmc_kernels.topk import fan_in_topk
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
@@ -42,7 +42,7 @@ class ClassifierHead(nn.Module):
         )
         self.lr = optimizer.lr  # set by the trainer before every step
         self.steps = 0  # optimizer steps taken
-        self._moments = make_state(layer.weight, layer.bias, self.rule)
+        self._moments: ClassifierState | None = None
 
     @classmethod
     def from_config(
@@ -74,6 +74,13 @@ class ClassifierHead(nn.Module):
         return self.layer.index if isinstance(self.layer, FixedFanInLinear) else None
 
     @property
+    def moments(self) -> ClassifierState:
+        """The optimizer's state, made at first use: a head that only predicts holds none."""
+        if self._moments is None:
+            self._moments = make_state(self.layer.weight, self.layer.bias, self.rule)
+        return self._moments
+
+    @property
     def num_labels(self) -> int:
         return self.layer.out_features
 
@@ -99,7 +106,7 @@ class ClassifierHead(nn.Module):
             labels.indices,
             loss=self.loss,
             rule=self.rule,
-            state=self._moments,
+            state=self.moments,
             lr=self.lr,
             step=self.steps + 1,
             grad_scale=1.0 / (num_rows or len(reps)),
@@ -126,7 +133,7 @@ class ClassifierHead(nn.Module):
         """One SET step on the layer and the optimizer's moments, in place."""
         if not isinstance(self.layer, FixedFanInLinear):
             raise ValueError("rewire.method: a dense head has no pattern to rewire")
-        moments = [m for m in (self._moments.weight_m, self._moments.weight_v) if m is not None]
+        moments = [m for m in (self.moments.weight_m, self.moments.weight_v) if m is not None]
         return set_rewire_(
             self.layer.weight,
             self.layer.index,
@@ -139,7 +146,7 @@ class ClassifierHead(nn.Module):
 
     def training_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors, by name; the same storage, so that they can be loaded into."""
-        named = {name: getattr(self._moments, name) for name in _MOMENTS}
+        named = {name: getattr(self.moments, name) for name in _MOMENTS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
