@@ -37,9 +37,10 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
-    Raises FileExistsError when `path` is there already: a folder is never replaced.
+    Raises FileExistsError when `path` is there already and not an empty folder: nothing is ever
+    replaced.
     """
-    if path.exists():
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: already exists")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

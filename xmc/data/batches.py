@@ -1,0 +1,185 @@
+"""From rows to batches: memory-mapped features and labels, gathered by row ids.
+
+A `Dataset` is N rows of encoder inputs with their labels. It may be far larger than memory: the
+features stay in their file and a batch copies only its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xmc.types import Bag, Batch, SparseLabels, Tokens
+
+
+@dataclass(frozen=True)
+class BagStore:
+    """Weighted feature ids of N rows as CSR; the tensors may be memory-mapped."""
+
+    indptr: Tensor  # [R+1] int64, over the rows of the file
+    ids: Tensor  # [nnz] int32, sorted and distinct within a row
+    values: Tensor  # [nnz] float32
+    num_features: int
+    select: Tensor | None = None  # [N] int64 rows of the file; None: all of them in order
+
+    def __len__(self) -> int:
+        return self.indptr.shape[0] - 1 if self.select is None else self.select.shape[0]
+
+    def view(self, rows: Tensor) -> BagStore:
+        """The given rows [R] int64 in that order, without copying their features."""
+        return replace(self, select=rows if self.select is None else self.select[rows])
+
+    def rows(self, rows: Tensor) -> Bag:
+        """Copy the features of the given rows [B] int64."""
+        positions, offsets = _positions(self.indptr, _resolve(self.select, rows))
+        return Bag(self.ids[positions].long(), offsets, self.values[positions])
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Token ids of N rows as CSR; the tensors may be memory-mapped."""
+
+    indptr: Tensor  # [R+1] int64, over the rows of the file
+    ids: Tensor  # [nnz] int32
+    pad_id: int
+    select: Tensor | None = None  # [N] int64 rows of the file; None: all of them in order
+
+    def __len__(self) -> int:
+        return self.indptr.shape[0] - 1 if self.select is None else self.select.shape[0]
+
+    def view(self, rows: Tensor) -> TokenStore:
+        """The given rows [R] int64 in that order, without copying their tokens."""
+        return replace(self, select=rows if self.select is None else self.select[rows])
+
+    def rows(self, rows: Tensor) -> Tokens:
+        """The tokens of the given rows [B] int64, padded to the longest of them."""
+        positions, offsets = _positions(self.indptr, _resolve(self.select, rows))
+        return pad_tokens(self.ids[positions], offsets, self.pad_id)
+
+
+def pad_tokens(
+    ids: Tensor,  # [nnz] int32 or int64
+    offsets: Tensor,  # [B+1] int64
+    pad_id: int,
+) -> Tokens:
+    """Right-pad rows of token ids to the longest row (at least one token wide)."""
+    counts = offsets[1:] - offsets[:-1]
+    width = max(int(counts.max()) if len(counts) else 0, 1)
+    mask = torch.arange(width) < counts[:, None]
+    padded = torch.full(mask.shape, pad_id, dtype=torch.int64)
+    padded[mask] = ids.long()
+    return Tokens(padded, mask.long())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N rows of features and labels, and the pairs that must be neither trained nor predicted."""
+
+    features: BagStore | TokenStore
+    labels: SparseLabels  # [N, L]; filtered pairs are already removed from a training split
+    exclude: SparseLabels | None = None  # [N, L] filtered pairs; None where there is no filter
+    key: str = ""  # names the content of files and features; equal keys, equal data
+
+    def __post_init__(self) -> None:
+        sizes = [len(self.features), len(self.labels)]
+        sizes += [len(self.exclude)] if self.exclude is not None else []
+        if len(set(sizes)) != 1:
+            raise ValueError(f"expected as many rows of features, labels and filter, got {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_labels(self) -> int:
+        return self.labels.num_labels
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The examples of the given rows [B] int64, in that order; copies these rows only."""
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
+            raise ValueError(
+                f"expected rows in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())}"
+            )
+        exclude = None if self.exclude is None else self.exclude.rows(rows)
+        return Batch(self.features.rows(rows), self.labels.rows(rows), rows, exclude)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, in order."""
+        for rows in epoch_batches(torch.arange(len(self)), batch_size):
+            yield self.batch(rows)
+
+    def subset(self, rows: Tensor) -> Dataset:
+        """A data set of the given rows; labels are copied, features stay where they are."""
+        exclude = None if self.exclude is None else self.exclude.rows(rows)
+        return Dataset(self.features.view(rows), self.labels.rows(rows), exclude, self.key)
+
+    def label_frequencies(self) -> Tensor:
+        """Number of rows that carry each label, [L] int64."""
+        return self.labels.frequencies()
+
+
+def train_validation_split(num_rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row ids (training, validation), each sorted; a share above 0 gives validation a row.
+
+    The rows are drawn by a generator of their own, so that the split depends on nothing else.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a validation share in [0, 1), got {share}")
+    num_validation = round(num_rows * share)
+    if share > 0:
+        num_validation = max(num_validation, 1)
+        if num_rows < 2:
+            raise ValueError(f"expected at least 2 rows to hold out a share, got {num_rows}")
+        num_validation = min(num_validation, num_rows - 1)
+    shuffled = torch.randperm(num_rows, generator=_generator(seed, _SPLIT))
+    validation, training = shuffled[:num_validation], shuffled[num_validation:]
+    return training.sort().values, validation.sort().values
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:  # [N] int64
+    """The rows in the order of one epoch: a permutation that depends on the arguments only."""
+    return torch.randperm(num_rows, generator=_generator(seed, _ORDER, epoch))
+
+
+def epoch_batches(
+    order: Tensor,  # [N] int64
+    batch_size: int,
+    start: int = 0,
+) -> Iterator[Tensor]:
+    """Slices of at most `batch_size` rows of `order`, from batch number `start`; the last is short.
+
+    An epoch interrupted after n batches goes on with `start=n`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    num_batches = -(-len(order) // batch_size)
+    if not 0 <= start <= num_batches:
+        raise ValueError(f"expected start in [0, {num_batches}] (batches), got {start}")
+    for begin in range(start * batch_size, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+_SPLIT, _ORDER = 0, 1  # so that the split and the epochs of one seed draw from different streams
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator seeded by several integers; near keys give unrelated streams."""
+    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _resolve(select: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if select is None else select[rows]
+
+
+def _positions(indptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the entries of the given CSR rows lie [n], and the offsets of the copy [B+1]."""
+    starts = indptr[rows]
+    counts = indptr[rows + 1] - starts
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    within = torch.arange(int(offsets[-1]))
+    return within + torch.repeat_interleave(starts - offsets[:-1], counts), offsets
