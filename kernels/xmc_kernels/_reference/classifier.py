@@ -1,0 +1,113 @@
+"""One-against-all training step in plain torch, label tile by label tile."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xmc_kernels._reference.fan_in import compute_dtype, dense_tile, label_tiles, tile_index
+from xmc_kernels.update import ClassifierState, UpdateRule
+
+
+def bce(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy with logits and its gradient, elementwise."""
+    return F.softplus(scores) - scores * targets, torch.sigmoid(scores) - targets
+
+
+def squared_hinge(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`max(0, 1 - y * score)^2` with y = +1 or -1, and its gradient, elementwise."""
+    sign = 2 * targets - 1
+    margin = (1 - sign * scores).clamp(min=0)
+    return margin**2, -2 * sign * margin
+
+
+LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
+
+
+def apply_(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    weight_decay: float,
+) -> None:
+    """One step of torch.optim's SGD, AdamW or Adagrad on a slice, in place."""
+    p = param.to(grad.dtype)
+    if rule.kind == "adamw":
+        assert m is not None and v is not None
+        beta1, beta2 = rule.betas
+        p.mul_(1 - lr * weight_decay)
+        m.mul_(beta1).add_(grad, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denom = (v / (1 - beta2**step)).sqrt_().add_(rule.eps)
+        p.addcdiv_(m, denom, value=-lr / (1 - beta1**step))
+    else:
+        grad = grad + weight_decay * p
+        if rule.kind == "momentum":
+            assert m is not None
+            grad = m.mul_(rule.momentum).add_(grad)
+        elif rule.kind == "adagrad":
+            assert v is not None
+            v.addcmul_(grad, grad)
+            grad = grad / (v.sqrt() + rule.eps)
+        p.sub_(grad, alpha=lr)
+    param.copy_(p)
+
+
+def classifier_step(
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,  # [L/G, F]
+    bias: Tensor | None,  # [L]
+    indptr: Tensor,  # [B+1]
+    indices: Tensor,  # [nnz]
+    state: ClassifierState,
+    loss: str,
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    grad_scale: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:  # [], [B, D]
+    """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
+    dtype = compute_dtype(x, weight)
+    wide = x.to(dtype)
+    rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), indptr.diff())
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    d_x = torch.zeros_like(wide)
+
+    def take(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+        return None if tensor is None else tensor[start:stop]
+
+    for start, stop in label_tiles(weight.shape[0], *x.shape):
+        dense = dense_tile(weight, index, start, stop, x.shape[1], dtype)
+        scores = wide @ dense.T
+        if bias is not None:
+            scores += bias[start:stop]
+        targets = torch.zeros_like(scores)
+        here = (indices >= start) & (indices < stop)
+        targets[rows[here], indices[here].long() - start] = 1
+        value, g = LOSSES[loss](scores, targets)
+        total += value.sum(dtype=torch.float64) * grad_scale
+        g *= grad_scale
+        d_x += g @ dense
+        d_weight, d_bias = g.T @ wide, g.sum(0)
+        if index is not None:
+            d_weight = d_weight.gather(1, tile_index(index, weight.shape[0], start, stop))
+        for param, grad, kept, m, v, decay in (
+            (weight, d_weight, state.grad_weight, state.weight_m, state.weight_v, True),
+            (bias, d_bias, state.grad_bias, state.bias_m, state.bias_v, False),
+        ):
+            if param is None:
+                continue
+            if kept is not None:
+                grad = kept[start:stop].add_(grad)
+            if update:
+                m, v = take(m, start, stop), take(v, start, stop)
+                decay_rate = rule.weight_decay if decay else 0.0
+                apply_(param[start:stop], grad, m, v, rule, lr, step, decay_rate)
+    return total.to(torch.float32), d_x.to(x.dtype)

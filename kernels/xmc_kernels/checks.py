@@ -1,0 +1,121 @@
+"""Argument checks of the operations: each error names the rule and the values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+INDEX_DTYPES = (torch.uint16, torch.int32)
+
+
+def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices of a layer's arguments; reads no values, so it can be traced."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"expected {name} of float32, bfloat16 or float64, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"expected {name} on {x.device} like x, got {tensor.device}")
+    if x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"expected x [B, D] and weight [L, F], got {list(x.shape)} and {list(weight.shape)}"
+        )
+    num_labels, fan_in = weight.shape
+    if num_labels == 0 or fan_in == 0:
+        raise ValueError(
+            f"expected at least one label and one input, got weight [{num_labels}, {fan_in}]"
+        )
+    if bias is not None and bias.shape != (num_labels,):
+        raise ValueError(
+            f"expected bias of shape [{num_labels}] to match weight, got {list(bias.shape)}"
+        )
+    if index is None:
+        if x.shape[1] != fan_in:
+            raise ValueError(
+                f"expected x with {fan_in} features to match the dense weight, got {x.shape[1]}"
+            )
+        return
+    if index.dtype not in INDEX_DTYPES:
+        raise TypeError(f"expected index of uint16 or int32, got {index.dtype}")
+    if index.device != x.device:
+        raise ValueError(f"expected index on {x.device} like x, got {index.device}")
+    if index.dim() != 2 or index.shape[1] != fan_in or index.shape[0] == 0:
+        raise ValueError(
+            f"expected index of shape [{num_labels}, {fan_in}] to match weight, "
+            f"got {list(index.shape)}"
+        )
+    if num_labels % index.shape[0]:
+        raise ValueError(
+            f"expected a number of index rows that divides {num_labels} labels, "
+            f"got {index.shape[0]}"
+        )
+    if fan_in > x.shape[1]:
+        raise ValueError(f"expected fan-in of at most {x.shape[1]} features, got {fan_in}")
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise ValueError that names the first row of x [B, D] with a NaN or an infinity."""
+    finite = torch.isfinite(x)
+    if bool(finite.all()):
+        return
+    row = int((~finite.all(1)).nonzero()[0])
+    what = "NaN" if bool(torch.isnan(x[row]).any()) else "an infinity"
+    raise ValueError(f"expected finite features, row {row} has {what}")
+
+
+def check_rows(indptr: Tensor, indices: Tensor, num_rows: int, name: str = "labels") -> None:
+    """Dtypes and shapes of CSR rows of labels: indptr [B+1] int64, indices [nnz] int32."""
+    if indptr.dtype != torch.int64 or indices.dtype != torch.int32:
+        raise TypeError(
+            f"expected {name} as indptr int64 and indices int32, "
+            f"got {indptr.dtype} and {indices.dtype}"
+        )
+    if indptr.shape != (num_rows + 1,) or indices.dim() != 1:
+        raise ValueError(
+            f"expected {name} with indptr of shape [{num_rows + 1}] and flat indices, "
+            f"got {list(indptr.shape)} and {list(indices.shape)}"
+        )
+
+
+def check_rows_values(indptr: Tensor, indices: Tensor, name: str = "labels") -> None:
+    """The values of CSR rows: indptr starts at 0, never falls and ends at the number of indices."""
+    ends = (int(indptr[0]), int(indptr[-1]))
+    if ends != (0, indices.shape[0]):
+        raise ValueError(
+            f"expected {name} with an indptr from 0 to {indices.shape[0]} (the number of indices), "
+            f"got {ends[0]} to {ends[1]}"
+        )
+    if bool((indptr[1:] < indptr[:-1]).any()):
+        raise ValueError(f"expected {name} with a non-decreasing indptr")
+
+
+def check_label_range(indices: Tensor, num_labels: int) -> None:
+    """Raise ValueError unless every label id lies in [0, num_labels)."""
+    if indices.shape[0] == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= num_labels:
+        raise ValueError(f"expected labels in [0, {num_labels}), got {low} to {high}")
+
+
+def validate_index(index: Tensor, in_features: int) -> None:
+    """Raise unless each row of index [L/G, F] is sorted, distinct and in [0, in_features).
+
+    The operations rely on this and do not repeat it: call it where an index enters the program.
+    """
+    if index.dtype not in INDEX_DTYPES:
+        raise TypeError(f"expected index of uint16 or int32, got {index.dtype}")
+    if index.dim() != 2 or 0 in index.shape:
+        raise ValueError(f"expected a non-empty index of shape [L/G, F], got {list(index.shape)}")
+    step = max(1, 2**22 // index.shape[1])
+    for start in range(0, index.shape[0], step):
+        wide = index[start : start + step].to(torch.int32)
+        low, high = (int(v) for v in torch.aminmax(wide))
+        if low < 0 or high >= in_features:
+            raise ValueError(f"expected index values in [0, {in_features}), got {low} to {high}")
+        rising = (wide[:, 1:] > wide[:, :-1]).all(1)
+        if not bool(rising.all()):
+            row = start + int((~rising).nonzero()[0])
+            raise ValueError(
+                f"expected sorted, distinct values in each row of index, row {row} has not"
+            )

@@ -1,0 +1,225 @@
+"""One-against-all classifier over very many labels: loss, gradients and update in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xmc_kernels import checks
+from xmc_kernels._reference import classifier as reference
+from xmc_kernels.update import ClassifierState, UpdateRule, make_state
+
+__all__ = [
+    "ClassifierState",
+    "UpdateRule",
+    "classifier_loss_and_grad",
+    "classifier_step_",
+    "make_state",
+]
+
+LOSSES = tuple(reference.LOSSES)
+
+
+@torch.no_grad()
+def classifier_step_(
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,  # [L/G, F] uint16 or int32, sorted, distinct; None: dense
+    bias: Tensor | None,  # [L]
+    indptr: Tensor,  # [B+1] int64, the positives of each row as CSR
+    indices: Tensor,  # [nnz] int32
+    *,
+    loss: str,
+    rule: UpdateRule,
+    state: ClassifierState,
+    lr: float,
+    step: int,
+    grad_scale: float,
+    update: bool = True,
+) -> tuple[Tensor, Tensor]:  # [] float32, [B, D] in x's dtype
+    """One training step of `x @ dense(weight, index).T + bias`; neither scores nor gradients stay.
+
+    Label tile by label tile: scores, loss gradient, d_x, update of weight and bias in place.
+    Returns `grad_scale * sum over B x L of the loss` and its gradient with respect to x.
+
+    `loss` is "bce" (binary cross-entropy with logits) or "squared_hinge". `rule` equals
+    torch.optim's on the same gradients; `state` comes from `make_state(weight, bias, rule)` and is
+    written in place. `step` counts optimizer steps from 1 (bias correction of adamw).
+    `grad_scale` is 1 / rows of the whole optimizer step. `update=False` adds the gradients to
+    `state.grad_weight` and `state.grad_bias` (made at first use, [L, F]) and leaves the weights;
+    `update=True` applies the sum and drops it, so accumulation is exact.
+
+    Raises ValueError or TypeError where arguments do not fit together, on labels out of range and
+    on features that are not finite (before anything is written).
+    """
+    _check(x, weight, index, bias, indptr, indices, loss)
+    if step < 1:
+        raise ValueError(f"expected step from 1 on, got {step}")
+    _check_state(weight, bias, rule, state)
+    if not update and state.grad_weight is None:
+        state.grad_weight = torch.zeros_like(weight)
+        state.grad_bias = None if bias is None else torch.zeros_like(bias)
+    result = _classifier_step(
+        x,
+        weight,
+        index,
+        bias,
+        indptr,
+        indices,
+        state.weight_m,
+        state.weight_v,
+        state.bias_m,
+        state.bias_v,
+        state.grad_weight,
+        state.grad_bias,
+        loss,
+        rule.kind,
+        [rule.momentum, *rule.betas, rule.eps, rule.weight_decay],
+        lr,
+        step,
+        grad_scale,
+        update,
+    )
+    if update:
+        state.grad_weight = state.grad_bias = None
+    return result
+
+
+@torch.no_grad()
+def classifier_loss_and_grad(
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,  # [L/G, F]
+    bias: Tensor | None,  # [L]
+    indptr: Tensor,  # [B+1] int64
+    indices: Tensor,  # [nnz] int32
+    *,
+    loss: str,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [] float32, [B, D], [L, F], [L]
+    """The loss of `classifier_step_` and its gradients in x, weight and bias; writes nothing.
+
+    Holds an [L, F] gradient. Without a bias its gradient is that of a bias of zeros.
+    """
+    _check(x, weight, index, bias, indptr, indices, loss)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    return _classifier_loss_and_grad(x, weight, index, bias, indptr, indices, loss, grad_scale)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    loss: str,
+) -> None:
+    checks.check_fan_in(x, weight, index, bias)
+    checks.check_rows(indptr, indices, x.shape[0])
+    if loss not in LOSSES:
+        raise ValueError(f"expected a loss of {', '.join(LOSSES)}, got {loss!r}")
+
+
+def _check_state(
+    weight: Tensor, bias: Tensor | None, rule: UpdateRule, state: ClassifierState
+) -> None:
+    for name, like, wanted in (
+        ("weight_m", weight, rule.keeps_mean),
+        ("weight_v", weight, rule.keeps_square),
+        ("bias_m", bias, rule.keeps_mean),
+        ("bias_v", bias, rule.keeps_square),
+    ):
+        if like is None or not wanted:
+            continue
+        tensor = getattr(state, name)
+        if tensor is None or tensor.shape != like.shape:
+            got = None if tensor is None else list(tensor.shape)
+            raise ValueError(
+                f"expected state.{name} of shape {list(like.shape)} for {rule.kind}, got {got}"
+            )
+
+
+def _check_values(x: Tensor, indptr: Tensor, indices: Tensor, num_labels: int) -> None:
+    checks.check_finite(x)
+    checks.check_rows_values(indptr, indices)
+    checks.check_label_range(indices, num_labels)
+
+
+@torch.library.custom_op(
+    "xmc::classifier_step",
+    mutates_args=(
+        "weight",
+        "bias",
+        "weight_m",
+        "weight_v",
+        "bias_m",
+        "bias_v",
+        "grad_weight",
+        "grad_bias",
+    ),
+)
+def _classifier_step(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    weight_m: Tensor | None,
+    weight_v: Tensor | None,
+    bias_m: Tensor | None,
+    bias_v: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    loss: str,
+    kind: str,
+    constants: list[float],
+    lr: float,
+    step: int,
+    grad_scale: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_values(x, indptr, indices, weight.shape[0])
+    momentum, beta1, beta2, eps, weight_decay = constants
+    rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
+    state = ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias)
+    tensors = (x, weight, index, bias, indptr, indices)
+    return reference.classifier_step(*tensors, state, loss, rule, lr, step, grad_scale, update)
+
+
+@_classifier_step.register_fake
+def _(x, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("xmc::classifier_loss_and_grad", mutates_args=())
+def _classifier_loss_and_grad(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    loss: str,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_values(x, indptr, indices, weight.shape[0])
+    d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    state = ClassifierState(grad_weight=d_weight, grad_bias=d_bias)
+    tensors = (x, weight, index, bias, indptr, indices)
+    rule = UpdateRule("sgd")
+    value, d_x = reference.classifier_step(*tensors, state, loss, rule, 0.0, 1, grad_scale, False)
+    return value, d_x, d_weight, d_bias
+
+
+@_classifier_loss_and_grad.register_fake
+def _(x, weight, index, bias, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    value = x.new_empty((), dtype=torch.float32)
+    return (
+        value,
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )

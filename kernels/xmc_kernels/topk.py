@@ -1,0 +1,72 @@
+"""The k best labels of each row, streamed over label tiles: [B, L] scores never exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xmc_kernels import checks
+from xmc_kernels._reference import topk as reference
+
+
+@torch.no_grad()
+def fan_in_topk(
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,  # [L/G, F] uint16 or int32, sorted, distinct; None: dense
+    bias: Tensor | None,  # [L]
+    k: int,
+    *,
+    exclude: tuple[Tensor, Tensor] | None = None,  # indptr [B+1] int64, indices [nnz] int32
+    label_offset: int = 0,
+) -> tuple[Tensor, Tensor]:  # scores [B, k] float32, labels [B, k] int64
+    """The k largest of `x @ dense(weight, index).T + bias` per row, best first.
+
+    Ties go to the lower label. Labels come back as row of weight + label_offset, and `exclude`
+    (sorted within a row) holds ids of that kind, which its row never gets. Where fewer than k
+    labels are left, the rest is label -1 with score -inf.
+
+    Raises ValueError or TypeError where arguments do not fit together or x is not finite.
+    """
+    checks.check_fan_in(x, weight, index, bias)
+    if k < 1:
+        raise ValueError(f"expected k of at least 1, got {k}")
+    if label_offset < 0 or label_offset + weight.shape[0] > 2**31:
+        raise ValueError(
+            f"expected label ids below 2^31, got {weight.shape[0]} labels from {label_offset} on"
+        )
+    if exclude is None:
+        return _fan_in_topk(x, weight, index, bias, k, None, None, label_offset)
+    checks.check_rows(*exclude, x.shape[0], "exclude")
+    return _fan_in_topk(x, weight, index, bias, k, *exclude, label_offset)
+
+
+@torch.library.custom_op("xmc::fan_in_topk", mutates_args=())
+def _fan_in_topk(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    exclude_indptr: Tensor | None,
+    exclude_indices: Tensor | None,
+    label_offset: int,
+) -> tuple[Tensor, Tensor]:
+    exclude = _check_values(x, exclude_indptr, exclude_indices)
+    return reference.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+
+
+def _check_values(
+    x: Tensor, indptr: Tensor | None, indices: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    checks.check_finite(x)
+    if indptr is None or indices is None:
+        return None
+    checks.check_rows_values(indptr, indices, "exclude")
+    return indptr, indices
+
+
+@_fan_in_topk.register_fake
+def _(x, weight, index, bias, k, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)

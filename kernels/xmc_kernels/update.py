@@ -1,0 +1,76 @@
+"""How a gradient becomes a weight: update rules and the tensors they remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RULES = ("sgd", "momentum", "adamw", "adagrad")
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One of torch's optimizers, on the same gradients: SGD, SGD with momentum, AdamW, Adagrad.
+
+    Weight decay is decoupled for adamw (`w -= lr * wd * w`) and L2 otherwise (`grad += wd * w`);
+    biases never decay.
+    """
+
+    kind: Literal["sgd", "momentum", "adamw", "adagrad"] = "adamw"
+    momentum: float = 0.9
+    """Used by momentum only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Used by adamw only."""
+    eps: float = 1e-8
+    """Used by adamw and adagrad."""
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in RULES:
+            raise ValueError(f"expected an update rule of {', '.join(RULES)}, got {self.kind!r}")
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether the rule remembers a running mean of gradients."""
+        return self.kind in ("momentum", "adamw")
+
+    @property
+    def keeps_square(self) -> bool:
+        """Whether the rule remembers squared gradients."""
+        return self.kind in ("adamw", "adagrad")
+
+
+@dataclass
+class ClassifierState:
+    """What a rule remembers of a layer, None where it remembers nothing.
+
+    `grad_weight` and `grad_bias` exist only between the first pass of an accumulated step and its
+    update.
+    """
+
+    weight_m: Tensor | None = None  # [L, F], mean of gradients
+    weight_v: Tensor | None = None  # [L, F], mean or sum of squared gradients
+    bias_m: Tensor | None = None  # [L]
+    bias_v: Tensor | None = None  # [L]
+    grad_weight: Tensor | None = None  # [L, F]
+    grad_bias: Tensor | None = None  # [L]
+
+
+def make_state(weight: Tensor, bias: Tensor | None, rule: UpdateRule) -> ClassifierState:
+    """Zero moments for `rule`: like the weights, in float32 at least."""
+
+    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+        if like is None or not wanted:
+            return None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+    return ClassifierState(
+        weight_m=zeros(weight, rule.keeps_mean),
+        weight_v=zeros(weight, rule.keeps_square),
+        bias_m=zeros(bias, rule.keeps_mean),
+        bias_v=zeros(bias, rule.keeps_square),
+    )
