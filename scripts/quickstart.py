@@ -1,0 +1,88 @@
+"""The quick start after installation: build pydoc, train sparse and dense, compare, ask.
+
+Run by scripts/quickstart; every step is the `xmc` command a user would type.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+QUERIES = [
+    "Compute the singular value decomposition of a matrix.",
+    "Compile a regular expression and split the string by it.",
+    "Return the absolute path of a file, following symbolic links.",
+]
+METRICS = ["P@1", "P@3", "P@5", "nDCG@5", "PSP@5"]
+
+
+def main(folder: Path) -> None:
+    started = time.perf_counter()
+    data, cache = folder / "pydoc", folder / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not data.exists():
+        xmc("data", "build", "pydoc", "--out", data)
+    xmc("data", "info", data)
+    rows: list[tuple[str, dict[str, object], str, str]] = []
+    for name, settings in [("sparse", []), ("dense", ["--set", "head.kind=dense"])]:
+        run = folder / name
+        shutil.rmtree(run, ignore_errors=True)  # our own output of an earlier quick start
+        xmc("train", "quickstart", "--data", data, "--out", run, "--cache", cache, *settings)
+        xmc("evaluate", run, "--cache", cache, "--split", "test")
+        rows.append((name, scores(run / "evaluation-test.json"), peak_memory(run), size(run)))
+    xmc("evaluate", folder / "sparse", "--cache", cache, "--split", "test", "--baseline")
+    baseline = scores(folder / "sparse" / "baseline-test.json")
+    rows.insert(0, ("most frequent labels", baseline, "", ""))
+
+    table = Table(
+        "classifier", *METRICS, "peak memory", "model", title="pydoc, test split, per cent"
+    )
+    for name, values, memory, model in rows:
+        cells = [f"{100 * float(str(values[metric])):.1f}" for metric in METRICS]
+        table.add_row(name, *cells, memory, model)
+    console = Console()
+    console.print(table)
+    ratio = float(str(rows[1][1]["P@1"])) / float(str(rows[2][1]["P@1"]))
+    console.print(f"sparse P@1 / dense P@1 = {ratio:.3f}")
+    texts = [part for query in QUERIES for part in ("--text", query)]
+    xmc("predict", folder / "sparse", *texts, "-k", "3")
+    minutes = (time.perf_counter() - started) / 60
+    console.print(f"\n{minutes:.1f} minutes. Everything is in {folder}")
+
+
+def xmc(*arguments: object) -> None:
+    """Run one `xmc` command, shown as a user would type it."""
+    command = ["xmc", *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+
+
+def scores(path: Path) -> dict[str, object]:
+    values: dict[str, object] = json.loads(path.read_text())["values"]
+    return values
+
+
+def peak_memory(run: Path) -> str:
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    peak = max(event["peak_memory_bytes"] for event in events if event["event"] == "step")
+    return f"{peak / 2**20:,.0f} MiB"
+
+
+def size(run: Path) -> str:
+    total = sum(f.stat().st_size for f in (run / "model").rglob("*") if f.is_file())
+    return f"{total / 2**20:,.1f} MiB"
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
