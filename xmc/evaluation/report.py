@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -24,27 +25,24 @@ def format_scores(scores: Scores, *, decimals: int = 2) -> str:
     return _align(_rows(scores, decimals)) + "\n" + "\n".join(notes(scores))
 
 
-def print_scores(
-    scores: Scores, *, title: str = "", decimals: int = 2, console: Console | None = None
-) -> None:
-    """A table on a terminal, `format_scores` anywhere else."""
-    _print(_rows(scores, decimals), notes(scores), title, console)
+def render(scores: Scores, *, title: str = "", decimals: int = 2) -> RenderableType:
+    """For `rich`'s `Console.print`: a table on a terminal, `format_scores` anywhere else."""
+    return _Grid(_rows(scores, decimals), notes(scores), title)
 
 
-def print_comparison(
+def render_comparison(
     systems: Mapping[str, Scores],
     metrics: Sequence[str] = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5"),
     *,
     title: str = "",
     decimals: int = 2,
-    console: Console | None = None,
-) -> None:
+) -> RenderableType:
     """One line a system, one column a metric, in per cent; "-" where a system has no such score."""
     rows = [["%", *metrics]]
     for name, scores in systems.items():
         cells = [_percent(scores.values.get(metric, math.nan), decimals) for metric in metrics]
         rows.append([name, *cells])
-    _print(rows, [], title, console)
+    return _Grid(rows, [], title)
 
 
 def notes(scores: Scores) -> list[str]:
@@ -139,22 +137,28 @@ def _lines(scores: Scores, title: str, names: list[str], decimals: int) -> list[
     return lines
 
 
-def _print(rows: list[list[str]], footer: list[str], title: str, console: Console | None) -> None:
-    console = console or Console()
-    if not console.is_terminal:
-        text = "\n".join(([title] if title else []) + [_align(rows), *footer])
-        # Not console.print: off a terminal it would wrap at 80 columns.
-        console.file.write(text + "\n")
-        return
-    table = Table(title=Text(title) if title else None, title_justify="left")
-    table.add_column(Text(rows[0][0]))
-    for name in rows[0][1:]:
-        table.add_column(Text(name), justify="right")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row), style=None if row[0] else "dim")
-    console.print(table)
-    for line in footer:
-        console.print(line, style="dim", highlight=False, markup=False)
+@dataclass(frozen=True)
+class _Grid:
+    rows: list[list[str]]  # the header first; a row without a name belongs to the one above
+    footer: list[str]
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # Text throughout: a "[" in the name of a system is no markup.
+        if console.is_terminal:
+            yield self._table()
+        else:
+            yield Text("\n".join(filter(None, [self.title, _align(self.rows)])))
+        for line in self.footer:
+            yield Text(line, style="dim")
+
+    def _table(self) -> Table:
+        table = Table(title=Text(self.title) if self.title else None, title_justify="left")
+        for number, name in enumerate(self.rows[0]):
+            table.add_column(Text(name), justify="right" if number else "left")
+        for row in self.rows[1:]:
+            table.add_row(*map(Text, row), style=None if row[0] else "dim")
+        return table
 
 
 def _align(rows: list[list[str]]) -> str:
