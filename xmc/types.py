@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse
@@ -86,14 +87,23 @@ class SparseLabels:
         return scipy.sparse.csr_matrix(parts, shape=shape, copy=False)
 
     @classmethod
-    def from_scipy(cls, matrix: scipy.sparse.csr_matrix) -> SparseLabels:
-        """Positives are the stored entries; explicit zeros are refused by `validate`'s caller."""
-        if not matrix.has_canonical_format:
-            matrix = matrix.copy()
-            matrix.sum_duplicates()
-        indptr = torch.from_numpy(matrix.indptr.astype(np.int64, copy=False))
-        indices = torch.from_numpy(matrix.indices.astype(np.int32, copy=False))
-        return cls(indptr, indices, matrix.shape[1])
+    def from_scipy(cls, matrix: scipy.sparse.spmatrix | scipy.sparse.sparray) -> SparseLabels:
+        """The stored entries of a matrix [N, L] in any scipy format, which may hold no zeros.
+
+        Canonical CSR with int32 column ids is shared, anything else is copied.
+        """
+        csr = scipy.sparse.csr_matrix(cast(Any, matrix))
+        zeros = csr.nnz - np.count_nonzero(csr.data)
+        if zeros:
+            raise ValueError(
+                f"expected no explicit zeros, got {zeros} (eliminate_zeros() removes them)"
+            )
+        if not csr.has_canonical_format:
+            csr = csr.copy()
+            csr.sum_duplicates()
+        indptr = torch.from_numpy(csr.indptr.astype(np.int64, copy=False))
+        indices = torch.from_numpy(csr.indices.astype(np.int32, copy=False))
+        return cls(indptr, indices, csr.shape[1])
 
     @classmethod
     def from_lists(cls, rows: list[list[int]], num_labels: int) -> SparseLabels:
@@ -216,7 +226,15 @@ class TopK:
     labels: Tensor  # [B, K] int64
 
     def merge(self, other: TopK) -> TopK:
-        """The best K of both; associative, so tiles and shards may merge in any grouping."""
+        """The best K of both; associative, so tiles and shards may merge in any grouping.
+
+        Both have K columns and no label in common.
+        """
+        if self.labels.shape != other.labels.shape:
+            raise ValueError(
+                "expected two top-k of the same shape, "
+                f"got {list(self.labels.shape)} and {list(other.labels.shape)}"
+            )
         scores = torch.cat([self.scores, other.scores], 1)
         labels = torch.cat([self.labels, other.labels], 1)
         # A stable sort by score of label-sorted entries breaks ties by the lower label;
@@ -245,6 +263,8 @@ class LabelShard:
     @classmethod
     def partition(cls, num_labels: int, rank: int, world_size: int) -> LabelShard:
         """The share of `rank`; sizes differ by at most one."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"expected a rank in [0, {world_size}), got {rank}")
         small, larger = divmod(num_labels, world_size)
         start = rank * small + min(rank, larger)
         return cls(start, start + small + (rank < larger), num_labels)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from xmc.evaluation.frequency import BINS
 from xmc.evaluation.metrics import LEVEL, Scores
+from xmc.files import write_json
 
 FAMILIES = ("P", "nDCG", "R", "RP", "PSP", "PSnDCG", "PSR", "coverage", "abandonment")
 
@@ -101,16 +100,7 @@ def to_json(scores: Scores, path: str | Path) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: expected an existing folder, {path.parent} is none")
-    text = json.dumps(to_dict(scores), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, to_dict(scores))
 
 
 def _rows(scores: Scores, decimals: int) -> list[list[str]]:
