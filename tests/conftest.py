@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
+import random
 from pathlib import Path
 from types import ModuleType
 
@@ -34,3 +37,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A canonical folder of 400 + 100 short texts whose words give away their 30 labels."""
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    folder.mkdir()
+    generator = random.Random(5)
+    labels = [f"label {number}" for number in range(30)]
+    with gzip.open(folder / "lbl.json.gz", "wt", encoding="utf-8") as file:
+        for number, title in enumerate(labels):
+            file.write(json.dumps({"uid": str(number), "title": title}) + "\n")
+    for split, size in (("trn", 400), ("tst", 100)):
+        with gzip.open(folder / f"{split}.json.gz", "wt", encoding="utf-8") as file:
+            for row in range(size):
+                # Label 0 is the most frequent, the last are rare.
+                positives = sorted({int(30 * generator.random() ** 2) for _ in range(2)})
+                words = [f"word{label}" for label in positives for _ in range(2)]
+                words += [f"noise{generator.randrange(200)}" for _ in range(6)]
+                generator.shuffle(words)
+                document = {
+                    "uid": f"{split}{row}",
+                    "title": words[0],
+                    "content": " ".join(words[1:]),
+                    "target_ind": positives,
+                    "target_rel": [1.0] * len(positives),
+                }
+                file.write(json.dumps(document) + "\n")
+    return folder

@@ -1,4 +1,4 @@
-"""A trained or trainable model: features, encoder, classifier head and label strings, and its files.
+"""A trained or trainable model: features, encoder, head, label strings, and its files.
 
 The folder of a model holds `model.json` (format version, options, sizes), `labels.json.gz` (label
 strings in order), `features/` (vocabulary or tokenizer), `encoder/` (a transformer's own options)
@@ -154,9 +154,7 @@ def _build_encoder(
     if options.kind == "bag":
         return BagEncoder(features.num_features, options.dim, options.dropout)
     make = TransformerEncoder.from_config if from_config else TransformerEncoder
-    return make(
-        source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast
-    )
+    return make(source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

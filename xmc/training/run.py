@@ -1,0 +1,141 @@
+"""From a recipe and a data folder to a run folder: what `xmc train` does.
+
+The run folder holds `run.json` (recipe, data, versions), `log.jsonl`, `checkpoints/` and `model/`
+(the best epoch).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xmc.config import Config, ConfigError, load_recipe, to_dict
+from xmc.data.batches import Dataset, load_dataset, train_validation_split
+from xmc.data.features import fit_features
+from xmc.data.formats import has_split, read_labels
+from xmc.files import write_json
+from xmc.model import XMCModel, build_model, load_model, save_model
+from xmc.runs import read_run
+from xmc.training.trainer import Trainer
+
+_PACKAGES = ("xmc-toolkit", "torch", "numpy", "numba", "transformers")
+
+
+def train(
+    recipe: str | Path | Config,
+    *,
+    data: str | Path,
+    out: str | Path,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    cache: str | Path | None = None,
+    show_progress: bool = True,
+) -> XMCModel:
+    """Train a recipe on a data folder and return the model of the best epoch.
+
+    Args:
+        recipe: path of a TOML file, name of a shipped recipe, or a `Config`.
+        data: canonical data folder (`trn`, optional `val`, `lbl`).
+        out: run folder; must not exist, unless `resume`.
+        overrides: `section.key=value` settings over the recipe.
+        resume: go on from the newest checkpoint in `out`; recipe and data must be the same.
+        cache: where encoded features are kept (default `~/.cache/xmc`).
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad recipe, data or checkpoint, in one line.
+        FileExistsError: `out` exists and `resume` is False.
+        Interrupted: stopped by a signal; a checkpoint was written.
+    """
+    config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
+    data, out = Path(data), Path(out)
+    if resume:
+        _check_same_run(out, config)
+    elif out.exists():
+        raise FileExistsError(f"{out}: already exists; give another --out, or --resume to go on")
+    device = _device(config.train.device)
+    features, train_set, validation_set = prepare_data(config, data, cache)
+    labels = read_labels(data)
+    torch.manual_seed(config.train.seed)
+    shares = _label_shares(train_set)
+    model = build_model(config, features, labels, label_shares=shares)
+    model.to(device)
+    record = _record(config, data, train_set, validation_set)
+    if resume:
+        _check_same_data(out, record)
+    else:
+        out.mkdir(parents=True)
+        save_model(model, out / "model")
+        write_json(out / "run.json", record)
+    trainer = Trainer(model, config, train_set, validation_set, out, show_progress=show_progress)
+    trainer.fit(resume=resume)
+    return load_model(out / "model")
+
+
+def prepare_data(
+    config: Config, data: Path, cache: str | Path | None
+) -> tuple[Any, Dataset, Dataset | None]:
+    """Features fitted on the training split, the training set and the validation set."""
+    features = fit_features(config.features, data, model=config.encoder.model, cache=cache)
+    train_set = load_dataset(data, "trn", features, cache=cache)
+    if has_split(data, "val"):
+        return features, train_set, load_dataset(data, "val", features, cache=cache)
+    share = config.train.validation
+    if share == 0:
+        return features, train_set, None
+    rows, held_out = train_validation_split(len(train_set), share, config.train.seed)
+    return features, train_set.subset(rows), train_set.subset(held_out)
+
+
+def _label_shares(train_set: Dataset) -> torch.Tensor:
+    """Smoothed share of rows with each label, [L]: never 0 nor 1."""
+    counts = train_set.label_frequencies()
+    return (counts + 0.5) / (len(train_set) + 1.0)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda was asked for and torch sees none")
+    return torch.device(name)
+
+
+def _record(
+    config: Config, data: Path, train_set: Dataset, validation_set: Dataset | None
+) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "data": str(data.resolve()),
+        "data_key": train_set.key,
+        "train_rows": len(train_set),
+        "validation_rows": 0 if validation_set is None else len(validation_set),
+        "config": to_dict(config),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _check_same_run(out: Path, config: Config) -> None:
+    saved, wanted = read_run(out)["config"], to_dict(config)
+    for section, options in wanted.items():
+        for key, value in options.items():
+            old = saved.get(section, {}).get(key)
+            if old != value:
+                raise ConfigError(
+                    f"--resume: {section}.{key} was {old!r} in {out}, the recipe now says {value!r}"
+                )
+
+
+def _check_same_data(out: Path, record: dict[str, Any]) -> None:
+    saved = read_run(out)
+    if saved["data_key"] != record["data_key"]:
+        raise ConfigError(
+            f"--resume: {record['data']} does not hold the data that {out} was trained on"
+        )
