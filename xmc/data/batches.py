@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xmc.data.cache import load_array
+from xmc.data.encoded import Features, encode_split
+from xmc.data.tokens import pad_tokens
+from xmc.data.vocab import Vocabulary
 from xmc.types import Bag, Batch, SparseLabels, Tokens
 
 
@@ -61,20 +66,6 @@ class TokenStore:
         return pad_tokens(self.ids[positions], offsets, self.pad_id)
 
 
-def pad_tokens(
-    ids: Tensor,  # [nnz] int32 or int64
-    offsets: Tensor,  # [B+1] int64
-    pad_id: int,
-) -> Tokens:
-    """Right-pad rows of token ids to the longest row (at least one token wide)."""
-    counts = offsets[1:] - offsets[:-1]
-    width = max(int(counts.max()) if len(counts) else 0, 1)
-    mask = torch.arange(width) < counts[:, None]
-    padded = torch.full(mask.shape, pad_id, dtype=torch.int64)
-    padded[mask] = ids.long()
-    return Tokens(padded, mask.long())
-
-
 @dataclass(frozen=True)
 class Dataset:
     """N rows of features and labels, and the pairs that must be neither trained nor predicted."""
@@ -119,6 +110,43 @@ class Dataset:
     def label_frequencies(self) -> Tensor:
         """Number of rows that carry each label, [L] int64."""
         return self.labels.frequencies()
+
+
+def load_dataset(
+    folder: str | Path,
+    split: str,
+    features: Features,
+    *,
+    cache: str | Path | None = None,
+) -> Dataset:
+    """A split of a canonical folder, memory-mapped from the cache, which is filled if needed.
+
+    Args:
+        folder: canonical data folder.
+        split: `trn`, `val`, `tst`, or `train`, `validation`, `test`.
+        features: what `xmc.data.features.fit_features` or `load_features` gave.
+        cache: folder of encoded splits (default `~/.cache/xmc`).
+
+    Raises DataError in one line for anything wrong with the files. A damaged cache entry is made
+    again, with a CacheWarning.
+    """
+    encoded = encode_split(folder, split, features, cache=cache)
+    place = encoded.folder
+    indptr, ids = load_array(place / "indptr.npy"), load_array(place / "ids.npy")
+    store: BagStore | TokenStore
+    if isinstance(features, Vocabulary):
+        values = load_array(place / "values.npy")
+        store = BagStore(indptr, ids, values, features.num_features)
+    else:
+        store = TokenStore(indptr, ids, features.pad_id)
+    labels = _labels(place, "label", encoded.num_labels)
+    exclude = _labels(place, "exclude", encoded.num_labels) if encoded.has_filter else None
+    return Dataset(store, labels, exclude, encoded.key)
+
+
+def _labels(place: Path, name: str, num_labels: int) -> SparseLabels:
+    indptr = load_array(place / f"{name}_indptr.npy")
+    return SparseLabels(indptr, load_array(place / f"{name}_indices.npy"), num_labels)
 
 
 def train_validation_split(num_rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

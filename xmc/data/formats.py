@@ -177,7 +177,7 @@ def read_filter(
     folder: str | Path,
     split: str,
     *,
-    num_rows: int,
+    num_rows: int | None,  # None: not known yet, no upper bound for document indices
     num_labels: int,
 ) -> np.ndarray:  # [n, 2] int64: document row, label row; sorted, distinct
     """The pairs of a split that are neither trained nor predicted; empty without a filter file."""
@@ -195,8 +195,8 @@ def read_filter(
                         f"got {_shorten(line.decode('utf-8', 'replace').rstrip())}"
                     )
                 row, label = int(match[1]), int(match[2])
-                if not 0 <= row < num_rows:
-                    rule = f"expected a document index in [0, {num_rows})"
+                if row < 0 or (num_rows is not None and row >= num_rows):
+                    rule = f"expected a document index in [0, {num_rows or 'number of rows'})"
                     raise DataError(f"{path}:{number}: {rule}, got {row}")
                 if not 0 <= label < num_labels:
                     rule = f"expected a label index in [0, {num_labels})"

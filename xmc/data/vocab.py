@@ -113,7 +113,8 @@ class Vocabulary:
     def digest(self) -> str:
         """Names the vocabulary by its content."""
         hasher = blake2b(digest_size=16)
-        hasher.update(json.dumps(self._metadata(), sort_keys=True).encode())
+        record = [_VERSION, self.num_rows, bag_options(self.options)]
+        hasher.update(json.dumps(record).encode())
         for name, array in sorted(self._arrays().items()):
             hasher.update(name.encode())
             hasher.update(np.ascontiguousarray(array).data)
@@ -202,6 +203,15 @@ class Vocabulary:
         values = (weights / norms[rows]).astype(np.float32)
         counts = np.bincount(rows, minlength=num_rows)
         return BagChunk(counts, features.astype(np.int32), values)
+
+
+def bag_options(options: FeatureConfig) -> dict[str, object]:
+    """The options that bags depend on."""
+    if options.vocabulary == "hashing":
+        names = ["vocabulary", "ngrams", "hash_bits"]
+    else:
+        names = ["vocabulary", "ngrams", "min_df", "max_features"]
+    return {name: getattr(options, name) for name in names}
 
 
 def word_chunks(texts: Iterable[str], lookup: Callable[[str], int]) -> Iterator[WordChunk]:
