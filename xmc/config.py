@@ -6,6 +6,7 @@ names the file, the key, the rule and the value. Nothing is converted silently: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -113,7 +114,7 @@ class OptimizerConfig:
     """Used by momentum only."""
     betas: tuple[OpenShare, OpenShare] = (0.9, 0.999)
     """Used by adamw only."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Used by adamw and adagrad."""
 
 
@@ -191,9 +192,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], *, source: str) -> Config:
     """Validate nested values; `source` names them in an error."""
+    _check_plain(values, source)
     try:
         # JSON mode reads the list of a TOML array as the tuple it stands for, all else strictly.
-        return _ADAPTER.validate_json(json.dumps(values, default=_refuse))
+        return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 
@@ -238,10 +240,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set head.kind=dense
+    value: object = text.strip()  # a bare word is a string: --set head.kind=dense
+    if "\n" not in text:
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            value = tomllib.loads(f"value = {text}")["value"]
     section = values
     for part in parts[:-1]:
         section = section.setdefault(part, {})
@@ -250,8 +252,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     section[parts[-1]] = value
 
 
-def _refuse(value: object) -> object:
-    raise ConfigError(f"expected numbers, strings, lists and tables, got {value!r}")
+def _check_plain(value: object, source: str, name: str = "") -> None:
+    """Refuse what TOML has and JSON lacks (dates), with the name of its key."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(entry, source, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for entry in value:
+            _check_plain(entry, source, name)
+    elif not isinstance(value, str | int | float):
+        raise ConfigError(
+            f"{source}: {name}: expected a number, string, list or table, got {value!r}"
+        )
 
 
 def _explain(error: ValidationError) -> str:
