@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from xmc.config import shipped_recipes
 
@@ -107,9 +109,8 @@ def evaluate(
     """Print P@k, nDCG@k, recall and propensity-scored metrics, and write them as JSON."""
     from xmc.evaluation.report import render, to_json
     from xmc.serving.evaluate import evaluate as evaluate_run
-    from xmc.serving.evaluate import progress_bar
 
-    with progress_bar(split) as progress:
+    with _rows_bar(f"evaluate {split}") as progress:
         scores = evaluate_run(
             run,
             split,
@@ -210,6 +211,18 @@ def info(
         _note(f"written to {plot}")
 
 
+@contextmanager
+def _rows_bar(what: str) -> Iterator[Callable[[int], object]]:
+    """A count of rows with their rate while a block runs, on a terminal only."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), SpinnerColumn(), TextColumn("{task.completed} rows"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda rows: bar.advance(task, rows)
+
+
 def _ranks(text: str) -> tuple[int, ...]:
     try:
         ranks = tuple(int(part) for part in text.split(","))
@@ -264,9 +277,10 @@ def main() -> None:
 
 def _expected(error: Exception) -> bool:
     """Our own errors, and the system's about files; anything else is a bug and shows its trace."""
-    kind = type(error)
+    if isinstance(error, ImportError):
+        return error.name is None  # raised by us, to name a missing extra
     return (
-        kind.__module__.startswith("xmc")
-        or kind in (ValueError, ImportError)
+        type(error).__module__.startswith("xmc")
+        or type(error) is ValueError
         or isinstance(error, OSError)
     )

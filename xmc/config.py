@@ -174,6 +174,10 @@ class Config:
                 f"head.fan_in: expected at most encoder.dim = {self.encoder.dim}, "
                 f"got {self.head.fan_in}"
             )
+        if self.rewire.method != "static" and self.head.kind == "dense":
+            raise ValueError(
+                f'rewire.method: a dense head has no pattern to rewire, got "{self.rewire.method}"'
+            )
         if self.encoder_optimizer.kind != "adamw":
             raise ValueError(
                 'encoder_optimizer.kind: the encoder is trained by "adamw", '

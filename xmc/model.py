@@ -49,6 +49,7 @@ class XMCModel(nn.Module):
         self.labels = labels
         self.encoder = encoder
         self.head = head
+        self.folder: Path | None = None  # where it was loaded from
 
     @torch.inference_mode()
     def topk(self, inputs: Bag | Tokens, k: int, exclude: SparseLabels | None = None) -> TopK:
@@ -144,6 +145,7 @@ def load_model(folder: Path) -> XMCModel:
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{path}: not the weights of this model: {reason}") from None
+    model.folder = folder
     return model.eval()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
 from xmc.heads.classifier import ClassifierHead
 from xmc.nn.fan_in import FixedFanInLinear

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 from xmc.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from xmc_kernels.classifier import ClassifierState, UpdateRule, classifier_step_, make_state
-from xmc_kernels.topk import fan_in_topk
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
 from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire import RewireReport, set_rewire_
 from xmc.types import SparseLabels, TopK
+from xmc_kernels.classifier import ClassifierState, UpdateRule, classifier_step_, make_state
+from xmc_kernels.topk import fan_in_topk
 
 
 class ClassifierHead(nn.Module):
@@ -62,10 +62,12 @@ class ClassifierHead(nn.Module):
             )
         else:
             layer = nn.Linear(in_features, num_labels)
+        bias = layer.bias
+        assert bias is not None
         with torch.no_grad():
-            layer.bias.zero_()
+            bias.zero_()
             if config.bias_init == "log_prior" and label_shares is not None:
-                layer.bias.copy_(torch.logit(label_shares.double()))
+                bias.copy_(torch.logit(label_shares.double()))
         return cls(layer, loss=config.loss, optimizer=optimizer)
 
     @property

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from xmc.data.batches import Dataset, load_dataset
+from xmc.data.batches import load_dataset
 from xmc.data.formats import read_labels, split_name
 from xmc.evaluation.frequency import frequency_topk
 from xmc.evaluation.metrics import MetricAccumulator, Scores
@@ -19,7 +19,7 @@ KS = (1, 3, 5, 10)
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | XMCModel,
     split: str = "test",
     *,
     data: str | Path | None = None,
@@ -37,7 +37,7 @@ def evaluate(
     """Metrics of a run on "test", "validation" or "train" (`tst`, `val`, `trn`).
 
     Args:
-        run: the folder `xmc train` wrote.
+        run: the folder that `xmc train` wrote, or the model that `xmc.train` returned.
         data: another data folder with the same labels (default: the one trained on).
         propensity: preset of the constants a and b; `a` and `b` together replace it.
         baseline: score the most frequent labels instead of the model's predictions.
@@ -45,9 +45,14 @@ def evaluate(
 
     Label frequencies (propensities, head/torso/tail) come from the whole training split.
     """
-    run = Path(run)
-    record = read_run(run)
-    model = load_model(run / "model")
+    if isinstance(run, XMCModel):
+        model = run
+        if model.folder is None:
+            raise RunError("expected a model loaded from its run folder, got one in memory")
+        record = read_run(model.folder.parent)
+    else:
+        record = read_run(Path(run))
+        model = load_model(Path(run) / "model")
     folder = Path(data) if data is not None else Path(record["data"])
     _check_labels(model, folder)
     dataset = load_dataset(folder, split_name(split), model.features, cache=cache)
@@ -66,11 +71,8 @@ def evaluate(
         return frequency_topk(frequencies, max(ks), len(batch))
 
     topk_of = most_frequent if baseline else model.topk_of(max(ks))
-    return score_batches(topk_of, batches_of(model, dataset), accumulator, progress=progress)
-
-
-def batches_of(model: XMCModel, dataset: Dataset) -> Iterable[Batch]:
-    return dataset.batches(model.config.train.eval_batch_size)
+    batches = dataset.batches(model.config.train.eval_batch_size)
+    return score_batches(topk_of, batches, accumulator, progress=progress)
 
 
 def _check_labels(model: XMCModel, folder: Path) -> None:
