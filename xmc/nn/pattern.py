@@ -1,0 +1,68 @@
+"""Which inputs a label reads: the index's dtype and its random start."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TILE = 2**22  # numbers drawn at a time
+
+
+def index_dtype(in_features: int) -> torch.dtype:
+    """uint16 while every input fits in it (D <= 65536), else int32."""
+    return torch.uint16 if in_features <= 2**16 else torch.int32
+
+
+def draw_index_(index: Tensor, in_features: int) -> Tensor:
+    """Fill index [R, F] with F distinct inputs per row, sorted; every subset is equally likely.
+
+    Drawn from torch's global CPU generator, a tile of rows at a time: holds a few million numbers,
+    never [R, D].
+    """
+    num_rows, fan_in = index.shape
+    # More than half of the inputs: draw the ones left out, so that collisions stay rare.
+    left_out = in_features - fan_in
+    invert = left_out < fan_in
+    step = max(1, _TILE // (in_features if invert else fan_in))
+    for start in range(0, num_rows, step):
+        rows = min(step, num_rows - start)
+        if invert:
+            tile = _complement(_distinct(rows, left_out, in_features), in_features)
+        else:
+            tile = _distinct(rows, fan_in, in_features)
+        index[start : start + rows] = torch.from_numpy(tile).to(index.dtype)
+    return index
+
+
+def _distinct(num_rows: int, count: int, high: int) -> np.ndarray:
+    """[num_rows, count] int32 below `high`, distinct and sorted within a row.
+
+    Draws with replacement, then draws the repeated ones again until none is left. No step treats
+    one input unlike another, so by symmetry every subset is equally likely.
+    """
+    drawn = _draw((num_rows, count), high)
+    drawn.sort(axis=1)
+    pending = np.arange(num_rows)
+    rows = drawn
+    while True:
+        repeated = np.zeros(rows.shape, dtype=bool)
+        np.equal(rows[:, 1:], rows[:, :-1], out=repeated[:, 1:])
+        again = repeated.any(axis=1)
+        if not again.any():
+            return drawn
+        pending, rows, repeated = pending[again], rows[again], repeated[again]
+        rows[repeated] = _draw((int(repeated.sum()),), high)
+        rows.sort(axis=1)
+        drawn[pending] = rows
+
+
+def _draw(shape: tuple[int, ...], high: int) -> np.ndarray:
+    return torch.randint(high, shape, dtype=torch.int32).numpy()
+
+
+def _complement(rows: np.ndarray, high: int) -> np.ndarray:
+    """The numbers below `high` that are not in each row, [R, high - count] int64, sorted."""
+    inside = np.ones((rows.shape[0], high), dtype=bool)
+    np.put_along_axis(inside, rows.astype(np.int64), values=False, axis=1)
+    return np.nonzero(inside)[1].reshape(rows.shape[0], -1)
