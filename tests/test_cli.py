@@ -16,11 +16,11 @@ from xmc.cli import main
 
 SMALL = [
     "train.epochs=2",
-    "train.batch_size=64",
+    "train.batch_size=16",
     "encoder.dim=32",
     "head.fan_in=8",
     "features.min_df=1",
-    "encoder_optimizer.lr=0.02",
+    "encoder_optimizer.lr=0.03",
 ]
 Xmc = Callable[..., tuple[int, str, str]]
 
@@ -73,7 +73,7 @@ def test_train_evaluate_predict(xmc: Xmc, tiny_data: Path, tmp_path: Path) -> No
     assert "epoch  12  P@1" in err
     code, out, err = xmc("evaluate", run, "--cache", cache)
     assert code == 0, err
-    assert "P@1" in out
+    assert "nDCG" in out
     scores = json.loads((run / "evaluation-test.json").read_text())
     code, _, err = xmc("evaluate", run, "--cache", cache, "--baseline")
     assert code == 0, err

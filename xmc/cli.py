@@ -126,7 +126,7 @@ def evaluate(
             cache=cache,
             progress=progress,
         )
-    Console().print(render(scores))
+    Console().print(render(scores), soft_wrap=True)
     path = json_path or run / f"{'baseline' if baseline else 'evaluation'}-{split}.json"
     to_json(scores, path)
     _note(f"written to {path}")

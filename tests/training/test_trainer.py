@@ -1,0 +1,253 @@
+"""Whole trainings on a tiny data set: the result, and the same result after an interruption."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from xmc.config import Config, from_dict
+from xmc.data.batches import Dataset
+from xmc.heads.classifier import ClassifierHead
+from xmc.heads.head import HeadResult
+from xmc.nn.fan_in import FixedFanInLinear
+from xmc.training.log import read_log
+from xmc.training.run import prepare_data, train
+from xmc.training.trainer import Interrupted, Trainer, TrainingError, clip_gradient_
+
+TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    values: dict[str, dict[str, Any]] = {
+        "features": {"min_df": 1},
+        "encoder": {"dim": 24, "dropout": 0.3},
+        "head": {"fan_in": 6},
+        "encoder_optimizer": {"lr": 0.02},
+        "train": {"epochs": 3, "batch_size": 32, "warmup_steps": 3, "checkpoint_every": 4},
+    }
+    for name, options in sections.items():
+        values[name] = {**values.get(name, {}), **options}
+    return from_dict(values, source="test")
+
+
+def run_training(config: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
+    train(config, data=data, out=folder / "run", cache=folder.parent / "cache", resume=resume)
+    return folder / "run"
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Any) -> None:
+    """Call `fail` inside the given call of the head's loss."""
+    original, calls = ClassifierHead.loss_and_grad, 0
+
+    def loss_and_grad(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            fail()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ClassifierHead, "loss_and_grad", loss_and_grad)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: the best model, the last checkpoint with moments and random state, the log."""
+    weights = [run / "model" / "weights.safetensors" for run in (one, other)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
+    assert newest[0].name == newest[1].name
+    tensors = [load_file(path / "tensors.safetensors") for path in newest]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name in tensors[0]:
+        assert tensors[0][name].numpy().tobytes() == tensors[1][name].numpy().tobytes(), name
+    logs = [
+        [
+            {k: v for k, v in event.items() if k not in TIMES}
+            for event in read_log(run / "log.jsonl")
+        ]
+        for run in (one, other)
+    ]
+    assert logs[0] == logs[1]
+
+
+EVERYTHING = {
+    "rewire": {"method": "set", "interval": 5, "fraction": 0.3, "end": 0.9},
+    "train": {"accumulation": 2, "batch_size": 20, "checkpoint_every": 4, "epochs": 3},
+}
+
+
+@pytest.mark.parametrize("call", [7, 21, 37])  # in the middle of an accumulated step, too
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+    optimizer: str,
+) -> None:
+    options = config(**EVERYTHING, classifier_optimizer={"kind": optimizer, "lr": 0.05})
+    whole = run_training(options, tiny_data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match=r"stopped by SIGINT after step \d+"):
+            run_training(options, tiny_data, tmp_path / "parts")
+    torch.manual_seed(99)  # a new process starts with another random state
+    parts = run_training(options, tiny_data, tmp_path / "parts", resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_crash_loses_only_the_steps_since_the_checkpoint(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log lines and files after the last checkpoint are forgotten, and written again alike."""
+    options = config(**EVERYTHING)
+    whole = run_training(options, tiny_data, tmp_path / "whole")
+
+    def crash() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, 31, crash)  # in step 16 of 27; checkpoints were written at 12 and 9
+        with pytest.raises(MemoryError):
+            run_training(options, tiny_data, tmp_path / "parts")
+    parts = run_training(options, tiny_data, tmp_path / "parts", resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
+    """Same start, same order of rows: a dense torch model with masked weights learns the same."""
+    options = config(
+        encoder={"dim": 24, "dropout": 0.0},
+        train={"epochs": 2, "schedule": "constant", "warmup_steps": 0, "batch_size": 50},
+        encoder_optimizer={"lr": 1e-3},
+        classifier_optimizer={"kind": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+    )
+    features, train_set, validation_set = prepare_data(options, tiny_data, tmp_path / "cache")
+    from xmc.data.batches import epoch_batches, epoch_order
+    from xmc.model import build_model
+
+    model = build_model(options, features, [str(n) for n in range(30)])
+    layer = model.head.layer
+    assert isinstance(layer, FixedFanInLinear)
+    index = layer.index.long()
+    table = model.encoder.table.weight.detach().double().clone().requires_grad_()  # type: ignore[union-attr]
+    bias = torch.zeros(24, dtype=torch.float64, requires_grad=True)
+    weight = layer.weight.detach().double().clone().requires_grad_()
+    label_bias = torch.zeros(30, dtype=torch.float64, requires_grad=True)
+    sparse = torch.optim.SparseAdam([table], lr=1e-3)
+    dense = torch.optim.AdamW(
+        [
+            {"params": [bias], "weight_decay": 0.0, "lr": 1e-3},
+            {"params": [weight], "weight_decay": 0.1, "lr": 1e-2},
+            {"params": [label_bias], "weight_decay": 0.0, "lr": 1e-2},
+        ]
+    )
+    for epoch in range(2):
+        for rows in epoch_batches(epoch_order(len(train_set), 42, epoch), 50):
+            batch = train_set.batch(rows)
+            bag = nn.functional.embedding_bag(
+                batch.inputs.ids,  # type: ignore[union-attr]
+                table,
+                batch.inputs.offsets,  # type: ignore[union-attr]
+                mode="sum",
+                per_sample_weights=batch.inputs.weights.double(),  # type: ignore[union-attr]
+                include_last_offset=True,
+                sparse=True,
+            )
+            full = torch.zeros(30, 24, dtype=torch.float64).scatter(1, index, weight)
+            scores = torch.relu(bag + bias) @ full.T + label_bias
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                scores, batch.labels.to_dense().double(), reduction="sum"
+            ) / len(rows)
+            loss.backward()
+            for optimizer in (sparse, dense):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    Trainer(model, options, train_set, validation_set, tmp_path / "run").fit()
+    close = {"rtol": 2e-3, "atol": 2e-4}  # float32 Adam: near-zero gradients are divided by eps
+    torch.testing.assert_close(layer.weight.double(), weight.detach(), **close)
+    torch.testing.assert_close(layer.bias.double(), label_bias.detach(), **close)
+    torch.testing.assert_close(
+        model.encoder.table.weight.detach().double(), table.detach(), **close
+    )  # type: ignore[union-attr]
+
+
+def test_accumulation_equals_the_larger_batch(tiny_data: Path, tmp_path: Path) -> None:
+    weights = []
+    for batch_size, accumulation in ((60, 1), (20, 3)):
+        options = config(
+            encoder={"dim": 24, "dropout": 0.0},
+            train={"batch_size": batch_size, "accumulation": accumulation, "epochs": 1},
+        )
+        run = run_training(options, tiny_data, tmp_path / str(batch_size))
+        weights.append(load_file(run / "model" / "weights.safetensors"))
+    for name in weights[0]:
+        one, other = weights[0][name].double(), weights[1][name].double()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_early_stopping_keeps_the_best_epoch(tiny_data: Path, tmp_path: Path) -> None:
+    """A rate so high that the first epochs are the best: training stops `patience` later."""
+    options = config(train={"epochs": 30, "patience": 2, "select_by": "P@1", "batch_size": 16})
+    run = run_training(options, tiny_data, tmp_path)
+    events = read_log(run / "log.jsonl")
+    scores = [event["P@1"] for event in events if event["event"] == "validation"]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 1 + 2 < 30
+    assert events[-1]["event"] == "end"
+    assert events[-1]["epoch"] == best + 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tiny_data: Path, tmp_path: Path) -> None:
+    options = config(encoder_optimizer={"lr": 1e38}, classifier_optimizer={"lr": 1e38})
+    with pytest.raises((TrainingError, ValueError), match=r"encoder_optimizer\.lr|finite"):
+        run_training(options, tiny_data, tmp_path)
+
+
+def test_training_without_validation_keeps_the_last_epoch(tiny_data: Path, tmp_path: Path) -> None:
+    run = run_training(config(train={"validation": 0.0, "epochs": 2}), tiny_data, tmp_path)
+    events = read_log(run / "log.jsonl")
+    assert not [event for event in events if event["event"] == "validation"]
+    last = load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
+    kept = load_file(run / "model" / "weights.safetensors")
+    for name, tensor in kept.items():
+        assert torch.equal(tensor.long(), last[f"model.{name}"].long())
+
+
+def test_clipping_scales_dense_and_sparse_gradients_together() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(4, 2))
+            self.bias = nn.Parameter(torch.zeros(2))
+
+    module = Two()
+    entries = [[1, 1]], [[1.0, 0.0], [2.0, 4.0]]  # row 1 twice: its gradient is (3, 4)
+    module.table.grad = torch.sparse_coo_tensor(*entries, (4, 2), check_invariants=True)
+    module.bias.grad = torch.tensor([12.0, 0.0])
+    assert clip_gradient_(module, 0.0) == pytest.approx(13.0)  # sqrt(3^2 + 4^2 + 12^2)
+    assert clip_gradient_(module, 6.5) == pytest.approx(13.0)
+    expected = torch.zeros(4, 2)
+    expected[1] = torch.tensor([1.5, 2.0])
+    assert module.table.grad is not None
+    assert torch.allclose(module.table.grad.to_dense(), expected)
+    assert torch.allclose(module.bias.grad, torch.tensor([6.0, 0.0]))
+
+
+def total(dataset: Dataset) -> Tensor:
+    return dataset.labels.counts().sum()
+
+
+def test_the_validation_rows_are_not_trained_on(tiny_data: Path, tmp_path: Path) -> None:
+    _, train_set, validation_set = prepare_data(config(), tiny_data, tmp_path)
+    assert validation_set is not None
+    assert (len(train_set), len(validation_set)) == (360, 40)
+    whole = prepare_data(config(train={"validation": 0.0}), tiny_data, tmp_path)[1]
+    assert total(train_set) + total(validation_set) == total(whole)
