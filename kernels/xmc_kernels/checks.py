@@ -53,6 +53,12 @@ def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor |
         raise ValueError(f"expected fan-in of at most {x.shape[1]} features, got {fan_in}")
 
 
+def compiled_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the CPU kernels take these dtypes: x of float32 or bfloat16, all others float32."""
+    wanted = all(t is None or t.dtype == torch.float32 for t in others)
+    return wanted and x.dtype in (torch.float32, torch.bfloat16)
+
+
 def check_finite(x: Tensor) -> None:
     """Raise ValueError that names the first row of x [B, D] with a NaN or an infinity."""
     finite = torch.isfinite(x)

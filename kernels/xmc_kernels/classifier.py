@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -141,10 +144,38 @@ def _check_state(
             )
 
 
-def _check_values(x: Tensor, indptr: Tensor, indices: Tensor, num_labels: int) -> None:
+def _check_values(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+) -> None:
     checks.check_finite(x)
     checks.check_rows_values(indptr, indices)
-    checks.check_label_range(indices, num_labels)
+    checks.check_label_range(indices, weight.shape[0])
+
+
+def _on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    state: ClassifierState,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The compiled step where it has these dtypes and a sparse layer, the reference otherwise."""
+    arguments = (x, weight, index, bias, indptr, indices, state, *options)
+    written = [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
+    contiguous = all(tensor.is_contiguous() for tensor in written)
+    if index is None or not contiguous or not checks.compiled_on_cpu(x, *written):
+        return reference.classifier_step(*arguments)
+    from xmc_kernels._cpu import classifier as cpu
+
+    return cpu.classifier_step(*arguments)
 
 
 @torch.library.custom_op(
@@ -181,12 +212,36 @@ def _classifier_step(
     grad_scale: float,
     update: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_values(x, indptr, indices, weight.shape[0])
+    return _step(
+        reference.classifier_step,
+        (x, weight, index, bias, indptr, indices),
+        ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
+        *(loss, kind, constants, lr, step, grad_scale, update),
+    )
+
+
+@_classifier_step.register_kernel("cpu")
+def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    tensors = (x, weight, index, bias, indptr, indices)
+    return _step(_on_cpu, tensors, ClassifierState(*rest[:6]), *rest[6:])
+
+
+def _step(
+    backend: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
+    state: ClassifierState,
+    loss: str,
+    kind: str,
+    constants: list[float],
+    lr: float,
+    step: int,
+    grad_scale: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_values(*tensors)
     momentum, beta1, beta2, eps, weight_decay = constants
     rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
-    state = ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias)
-    tensors = (x, weight, index, bias, indptr, indices)
-    return reference.classifier_step(*tensors, state, loss, rule, lr, step, grad_scale, update)
+    return backend(*tensors, state, loss, rule, lr, step, grad_scale, update)
 
 
 @_classifier_step.register_fake
@@ -205,12 +260,27 @@ def _classifier_loss_and_grad(
     loss: str,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_values(x, indptr, indices, weight.shape[0])
-    d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    state = ClassifierState(grad_weight=d_weight, grad_bias=d_bias)
     tensors = (x, weight, index, bias, indptr, indices)
-    rule = UpdateRule("sgd")
-    value, d_x = reference.classifier_step(*tensors, state, loss, rule, 0.0, 1, grad_scale, False)
+    return _gradients(reference.classifier_step, tensors, loss, grad_scale)
+
+
+@_classifier_loss_and_grad.register_kernel("cpu")
+def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _gradients(_on_cpu, (x, weight, index, bias, indptr, indices), *rest)
+
+
+def _gradients(
+    backend: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    loss: str,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One accumulating step from zero."""
+    _check_values(*tensors)
+    state = ClassifierState()
+    state.grad_weight = d_weight = torch.zeros_like(tensors[1])
+    state.grad_bias = d_bias = torch.zeros_like(tensors[3])
+    value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False)
     return value, d_x, d_weight, d_bias
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._reference import fan_in as reference
-from xmc_kernels.checks import check_fan_in
+from xmc_kernels.checks import check_fan_in, compiled_on_cpu
 
 
 def fan_in_linear(
@@ -28,16 +28,18 @@ def fan_in_linear(
     return _fan_in_linear(x, weight, index, bias)
 
 
-def compiled_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the CPU backend has a kernel for these dtypes."""
-    floats = (torch.float32, torch.bfloat16)
-    bias_dtype = torch.float32 if bias is None else bias.dtype
-    return x.dtype in floats and weight.dtype == bias_dtype == torch.float32
-
-
 @torch.library.custom_op("xmc::fan_in_linear", mutates_args=())
 def _fan_in_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
     return reference.fan_in_linear(x, weight, index, bias)
+
+
+@_fan_in_linear.register_kernel("cpu")
+def _(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    if not compiled_on_cpu(x, weight, bias):
+        return reference.fan_in_linear(x, weight, index, bias)
+    from xmc_kernels._cpu import fan_in as cpu
+
+    return cpu.fan_in_linear(x, weight, index, bias)
 
 
 @_fan_in_linear.register_fake
@@ -50,6 +52,15 @@ def _fan_in_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     return reference.fan_in_linear_backward(grad, x, weight, index)
+
+
+@_fan_in_linear_backward.register_kernel("cpu")
+def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    if not compiled_on_cpu(x, weight, None):
+        return reference.fan_in_linear_backward(grad, x, weight, index)
+    from xmc_kernels._cpu import fan_in as cpu
+
+    return cpu.fan_in_linear_backward(grad, x, weight, index)
 
 
 @_fan_in_linear_backward.register_fake

@@ -1,0 +1,80 @@
+"""Batches cut into feature-major tiles, and how wide those are."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xmc_kernels._cpu.jit import compiled
+from xmc_kernels._cpu.vector import transpose_block
+
+WIDTHS = (16, 32, 64)
+# Cost of a label and a tile beside its multiply-adds, in columns of work (a fit to the sweep of
+# scripts/bench/classifier_step.py).
+_OVERHEAD = 12
+
+
+def tile_width(num_rows: int) -> int:
+    """The width among WIDTHS that wastes least on padding and on work per tile."""
+    return min(WIDTHS, key=lambda width: (-(-num_rows // width)) * (width + _OVERHEAD))
+
+
+def chunk_labels(fan_in: int, num_tiles: int) -> int:
+    """Labels whose gradients are held at once: more where several tiles pass over them."""
+    return max(1, (4096 if num_tiles == 1 else 16384) // fan_in)
+
+
+def flat(tensor: Tensor | None) -> np.ndarray:
+    """A one-dimensional view of a contiguous float32 tensor; empty for None."""
+    if tensor is None:
+        return np.empty(0, np.float32)
+    return tensor.detach().view(-1).numpy()
+
+
+@compiled
+def transpose(source, at, step, num_rows, num_columns, into, to, to_step):
+    """`into[to + c * to_step + r] = source[at + r * step + c]` on flat arrays."""
+    whole_rows, whole_columns = num_rows // 16 * 16, num_columns // 16 * 16
+    for r in range(0, whole_rows, 16):
+        for c in range(0, whole_columns, 16):
+            transpose_block(source, at + r * step + c, step, into, to + c * to_step + r, to_step)
+    for r in range(num_rows):
+        for c in range(whole_columns if r < whole_rows else 0, num_columns):
+            into[to + c * to_step + r] = source[at + r * step + c]
+
+
+@compiled
+def _to_tiles(x, num_rows, features, width, tiles):
+    for tile in range(tiles.size // (features * width)):
+        first = tile * width
+        count = min(width, num_rows - first)
+        transpose(x, first * features, features, count, features, tiles, first * features, width)
+
+
+@compiled
+def _from_tiles(shares, num_rows, features, width, out):
+    total = shares[0]
+    for share in range(1, shares.shape[0]):
+        total += shares[share]
+    for first in range(0, num_rows, width):
+        count = min(width, num_rows - first)
+        transpose(total, first * features, width, features, count, out, first * features, features)
+
+
+def to_tiles(x: Tensor, width: int) -> np.ndarray:
+    """Cut x [B, D] into float32 [tiles, D * width], feature-major, zeros beyond row B."""
+    num_rows, features = x.shape
+    num_tiles = max(1, -(-num_rows // width))
+    tiles = np.zeros((num_tiles, features * width), np.float32)
+    _to_tiles(flat(x.float().contiguous()), num_rows, features, width, tiles.reshape(-1))
+    return tiles
+
+
+def from_tiles(
+    shares: np.ndarray, num_rows: int, features: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The sum of [shares, tiles * D * width], as [B, D]; overwrites the first share."""
+    out = np.empty((num_rows, features), np.float32)
+    _from_tiles(shares, num_rows, features, width, out.reshape(-1))
+    return torch.from_numpy(out).to(dtype)

@@ -1,0 +1,318 @@
+"""Vectors of float32 as values in numba code, so that accumulators live in registers.
+
+numba has scalars and arrays; a loop over an array slice keeps its accumulators in memory. The
+`Vector` type here is an LLVM vector `<width x float>`: LLVM promotes it to registers and cuts it
+into whatever the machine has (four zmm for width 64 with AVX-512, eight ymm with AVX2), so nothing
+here names an instruction set. Multiply-adds are `llvm.fmuladd`: fused where the machine can.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic, models, register_model
+
+F32 = ir.FloatType()
+I32 = ir.IntType(32)
+LANES = 16
+
+
+class Vector(types.Type):
+    """`width` float32 numbers."""
+
+    def __init__(self, width):
+        super().__init__(name=f"Vector({width})")
+        self.width = width
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.VectorType(F32, fe_type.width))
+
+
+def _constant(width, value, element=F32):
+    return ir.Constant(ir.VectorType(element, width), [value] * width)
+
+
+def _call(builder, name, operands):
+    """Call an LLVM intrinsic overloaded on its (vector) type."""
+    kind = operands[0].type
+    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+    fn_type = ir.FunctionType(kind, [kind] * len(operands))
+    fn = get_or_insert_function(builder.module, fn_type, f"llvm.{name}.{suffix}")
+    return builder.call(fn, operands)
+
+
+def _address(context, builder, array_type, array, offset, width):
+    """Pointer to `width` numbers of a contiguous float32 array from flat position `offset`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    pointer = builder.gep(data, [offset])
+    return builder.bitcast(pointer, ir.VectorType(F32, width).as_pointer())
+
+
+def _splat(builder, width, value):
+    kind = ir.VectorType(F32, width)
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(undefined, value, I32(0))
+    return builder.shuffle_vector(one, undefined, _constant(width, 0, I32))
+
+
+def _slice(builder, vector, start, count):
+    mask = ir.Constant(ir.VectorType(I32, count), list(range(start, start + count)))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+@intrinsic
+def load(typingctx, like, array, offset):
+    """`array.flat[offset : offset + width]`, as wide as the vector `like`."""
+    signature = like(like, array, types.intp)
+
+    def codegen(context, builder, sig, args):
+        pointer = _address(context, builder, sig.args[1], args[1], args[2], sig.return_type.width)
+        return builder.load(pointer, align=4)
+
+    return signature, codegen
+
+
+@intrinsic
+def store(typingctx, array, offset, vector):
+    """`array.flat[offset : offset + width] = vector`."""
+    signature = types.void(array, types.intp, vector)
+
+    def codegen(context, builder, sig, args):
+        pointer = _address(context, builder, sig.args[0], args[0], args[1], sig.args[2].width)
+        builder.store(args[2], pointer, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def splat(typingctx, width, value):
+    """A vector of `width` (a compile-time constant) times the same float32."""
+    signature = Vector(width.literal_value)(width, types.float32)
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, sig.return_type.width, args[1])
+
+    return signature, codegen
+
+
+@intrinsic
+def fill(typingctx, like, value):
+    """A vector as wide as `like`, of the same float32."""
+    signature = like(like, types.float32)
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, sig.return_type.width, args[1])
+
+    return signature, codegen
+
+
+@intrinsic
+def horner(typingctx, x, coefficients):
+    """The polynomial of x with a tuple of float32 coefficients, the constant first."""
+    signature = x(x, coefficients)
+
+    def codegen(context, builder, sig, args):
+        x, packed = args
+        rest = [
+            _splat(builder, x.type.count, builder.extract_value(packed, i))
+            for i in range(len(sig.args[1]))
+        ]
+        total = rest.pop()
+        while rest:
+            total = _call(builder, "fmuladd", [total, x, rest.pop()])
+        return total
+
+    return signature, codegen
+
+
+def _codegen(emit):
+    return lambda context, builder, sig, args: emit(builder, *args)
+
+
+def _binary(name, emit):
+    """An intrinsic of two vectors of one width; `emit(builder, a, b)` returns a vector."""
+
+    def typer(typingctx, a, b):
+        return a(a, b), _codegen(emit)
+
+    typer.__name__ = typer.__qualname__ = name
+    return intrinsic(typer)
+
+
+def _ternary(name, emit):
+    """An intrinsic of three vectors of one width; `emit(builder, a, b, c)` returns a vector."""
+
+    def typer(typingctx, a, b, c):
+        return a(a, b, c), _codegen(emit)
+
+    typer.__name__ = typer.__qualname__ = name
+    return intrinsic(typer)
+
+
+add = _binary("add", lambda b, x, y: b.fadd(x, y))
+sub = _binary("sub", lambda b, x, y: b.fsub(x, y))
+mul = _binary("mul", lambda b, x, y: b.fmul(x, y))
+div = _binary("div", lambda b, x, y: b.fdiv(x, y))
+maximum = _binary("maximum", lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+fma = _ternary("fma", lambda b, x, y, z: _call(b, "fmuladd", [x, y, z]))
+
+
+@intrinsic
+def negative_abs(typingctx, a):
+    """`-|a|`."""
+    return a(a), _codegen(lambda b, x: b.fneg(_call(b, "fabs", [x])))
+
+
+def _scale_by_power(builder, vector, shifted):
+    """`vector * 2^n` by adding n to the exponent bits, where `shifted = n + 1.5 * 2^23`."""
+    ints = ir.VectorType(I32, vector.type.count)
+    power = builder.shl(builder.bitcast(shifted, ints), _constant(ints.count, 23, I32))
+    return builder.bitcast(builder.add(builder.bitcast(vector, ints), power), vector.type)
+
+
+scale_by_power = _binary("scale_by_power", _scale_by_power)
+select_negative = _ternary(
+    "select_negative",
+    lambda b, s, x, y: b.select(b.fcmp_ordered("<", s, _constant(s.type.count, 0.0)), x, y),
+)
+
+
+@intrinsic
+def greater(typingctx, a, b):
+    """Bit i of the uint64 result says whether `a[i] > b[i]`."""
+
+    def codegen(context, builder, sig, args):
+        width = sig.args[0].width
+        bits = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(width))
+        return bits if width == 64 else builder.zext(bits, ir.IntType(64))
+
+    return types.uint64(a, b), codegen
+
+
+@intrinsic
+def hsum(typingctx, a):
+    """Sum of the numbers of a vector, as a tree."""
+
+    def codegen(context, builder, sig, args):
+        vector = args[0]
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            vector = builder.fadd(
+                _slice(builder, vector, 0, half), _slice(builder, vector, half, half)
+            )
+        return builder.extract_element(vector, I32(0))
+
+    return types.float32(a), codegen
+
+
+@intrinsic
+def dot_lanes(typingctx, a, b):
+    """Sixteen partial sums of `dot(a, b)`: what is left is one sum over 16 lanes."""
+
+    def codegen(context, builder, sig, args):
+        a, b = args
+        parts = [
+            (_slice(builder, a, i, LANES), _slice(builder, b, i, LANES))
+            for i in range(0, a.type.count, LANES)
+        ]
+        total = builder.fmul(*parts[0])
+        for x, y in parts[1:]:
+            total = _call(builder, "fmuladd", [x, y, total])
+        return total
+
+    return Vector(LANES)(a, b), codegen
+
+
+def _interleaving(block):
+    """Lane numbers (low, high) that pair the halves of blocks of `2 * block` lanes of two vectors.
+
+    The sum of both shuffles holds, in alternating blocks, half-summed lanes of either input.
+    """
+    low, high = [], []
+    for start in range(0, LANES, 2 * block):
+        for vector in (0, LANES):
+            low += range(vector + start, vector + start + block)
+            high += range(vector + start + block, vector + start + 2 * block)
+    return low, high
+
+
+def _rows_in_lane_order():
+    """The order in which rows enter the tree of `sum_rows` so that lane i ends with row i."""
+    rows = [[i] * LANES for i in range(LANES)]
+    for block in (8, 4, 2, 1):
+        low, _ = _interleaving(block)
+        rows = [[(rows[i] + rows[i + 1])[lane] for lane in low] for i in range(0, len(rows), 2)]
+    order = [0] * LANES
+    for lane, entered in enumerate(rows[0]):
+        order[entered] = lane
+    return order
+
+
+@intrinsic
+def sum_rows(typingctx, array):
+    """The 16 row sums of a contiguous 16 x 16 array, as one vector."""
+    signature = Vector(LANES)(array)
+
+    def codegen(context, builder, sig, args):
+        offsets = [ir.Constant(ir.IntType(64), row * LANES) for row in _rows_in_lane_order()]
+        rows = [
+            builder.load(_address(context, builder, sig.args[0], args[0], o, LANES), align=4)
+            for o in offsets
+        ]
+        for block in (8, 4, 2, 1):
+            masks = [
+                ir.Constant(ir.VectorType(I32, LANES), lanes) for lanes in _interleaving(block)
+            ]
+            rows = [
+                builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        return rows[0]
+
+    return signature, codegen
+
+
+@intrinsic
+def transpose_block(typingctx, source, at, step, into, to, to_step):
+    """`into[to + c * to_step + r] = source[at + r * step + c]` for 16 rows and 16 columns."""
+    signature = types.void(source, types.intp, types.intp, into, types.intp, types.intp)
+
+    def codegen(context, builder, sig, args):
+        source, at, step, into, to, to_step = args
+
+        def pointer(array_type, array, base, stride, i):
+            offset = builder.add(base, builder.mul(stride, ir.Constant(base.type, i)))
+            return _address(context, builder, array_type, array, offset, LANES)
+
+        rows = [
+            builder.load(pointer(sig.args[0], source, at, step, i), align=4) for i in range(LANES)
+        ]
+        # Exchange off-diagonal quarters of ever smaller blocks.
+        for block in (8, 4, 2, 1):
+            from_low = [i if i & block == 0 else LANES + i - block for i in range(LANES)]
+            from_high = [i + block if i & block == 0 else LANES + i for i in range(LANES)]
+            masks = [ir.Constant(ir.VectorType(I32, LANES), m) for m in (from_low, from_high)]
+            for i in range(LANES):
+                if i & block == 0:
+                    a, b = rows[i], rows[i + block]
+                    rows[i], rows[i + block] = (builder.shuffle_vector(a, b, m) for m in masks)
+        for i, row in enumerate(rows):
+            builder.store(row, pointer(sig.args[3], into, to, to_step, i), align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def width_of(typingctx, vector):
+    """The number of floats in a vector, a constant to the compiler."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(context.get_value_type(types.intp), sig.args[0].width)
+
+    return types.intp(vector), codegen
