@@ -176,7 +176,8 @@ class TransformerEncoder(nn.Module):
                 output = self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
         except IndexError as error:
             raise ValueError(self._misfit(tokens)) from error
-        hidden = output.last_hidden_state.float()  # [B, T, D]
+        hidden = output.last_hidden_state  # [B, T, D]
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return self.dropout(_pool(hidden, tokens.mask, self.pooling))
 
     def extra_repr(self) -> str:
