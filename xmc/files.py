@@ -33,6 +33,12 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, lambda temporary: _write_text(temporary, text))
 
 
+def check_free(path: Path) -> None:
+    """Raise FileExistsError where `path` is there already and not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path}: already exists")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
@@ -40,8 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises FileExistsError when `path` is there already and not an empty folder: nothing is ever
     replaced.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: already exists")
+    check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
