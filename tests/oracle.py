@@ -51,16 +51,26 @@ def loss_sum(scores: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 
 def loss_and_grads(
-    x: Tensor, dense: Tensor, bias: Tensor, targets: Tensor, loss: str, grad_scale: float
+    x: Tensor,
+    dense: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    loss: str,
+    grad_scale: float,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scaled loss and its autograd gradients in x [B, D], dense [L, D] and bias [L], float64."""
-    leaves = [t.detach().double().clone().requires_grad_() for t in (x, dense, bias)]
-    value = grad_scale * loss_sum(leaves[0] @ leaves[1].T + leaves[2], targets, loss)
+    """Scaled loss and its autograd gradients in x [B, D], dense [L, D] and bias [L].
+
+    A dtype other than float64 is for the naive code that ours may not be worse than.
+    """
+    leaves = [t.detach().to(dtype).clone().requires_grad_() for t in (x, dense, bias)]
+    scores = leaves[0] @ leaves[1].T + leaves[2]
+    value = grad_scale * loss_sum(scores, targets.to(dtype), loss)
     return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 def optimizer(kind: str, params: list, *, lr: float, **options) -> torch.optim.Optimizer:
-    """torch's optimizer for an update rule; params may be groups."""
+    """The optimizer of torch for an update rule; params may be groups."""
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, betas=options["betas"], eps=options["eps"])
     if kind == "adagrad":

@@ -1,0 +1,207 @@
+"""The CPU backend's building blocks, its cache and its memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+import xmc_kernels
+from xmc_kernels._cpu import losses, threads, vector
+from xmc_kernels._cpu.tiles import WIDTHS, from_tiles, tile_width, to_tiles
+
+
+def apply(function, values):
+    """A function of a vector, over a float32 array whose length is a multiple of 16."""
+
+    @njit
+    def run(values, out):
+        zero = vector.splat(16, np.float32(0))
+        for i in range(0, values.size, 16):
+            vector.store(out, i, function(vector.load(zero, values, i)))
+
+    out = np.full_like(values, np.nan)
+    run(values, out)
+    return out
+
+
+def test_exp_is_accurate_to_two_roundings() -> None:
+    x = -np.concatenate([np.geomspace(1e-8, 85.9, 4000), np.linspace(0, 85.9, 4000)])
+    x = x.astype(np.float32)
+    ours, truth = apply(losses.exp_nonpositive, x), np.exp(x.astype(np.float64))
+    assert np.abs(ours / truth - 1).max() < 3e-7
+    far = np.full(16, -1e30, np.float32)
+    assert (apply(losses.exp_nonpositive, far) < 1e-37).all()
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_bce_is_accurate_over_the_whole_range(target) -> None:
+    wanted = np.float32(target)
+
+    @njit
+    def value(score):
+        return losses.bce(score, vector.fill(score, wanted))[1]
+
+    @njit
+    def gradient(score):
+        return losses.bce(score, vector.fill(score, wanted))[0]
+
+    x = np.concatenate([-np.geomspace(1e-6, 80, 800), np.geomspace(1e-6, 80, 800)])
+    x = x.astype(np.float32)
+    wide = x.astype(np.float64)
+    truth = np.logaddexp(0, wide) - wide * target
+    assert (np.abs(apply(value, x) - truth) <= 2e-7 * np.maximum(truth, np.abs(x))).all()
+    truth = 1 / (1 + np.exp(-wide)) - target
+    assert np.abs(apply(gradient, x) - truth).max() < 2e-7
+
+
+def test_rows_are_summed_in_order() -> None:
+    @njit
+    def run(rows, out):
+        vector.store(out, 0, vector.sum_rows(rows))
+
+    rows = np.random.default_rng(0).integers(-99, 99, (16, 16)).astype(np.float32)
+    out = np.empty(16, np.float32)
+    run(rows, out)
+    assert (out == rows.sum(1)).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_reductions_of_a_vector(width) -> None:
+    @njit
+    def run(a, b, lanes):
+        zero = vector.splat(width, np.float32(0))
+        x, y = vector.load(zero, a, 0), vector.load(zero, b, 0)
+        vector.store(lanes, 0, vector.dot_lanes(x, y))
+        return vector.hsum(x), vector.greater(x, y)
+
+    a, b = np.random.default_rng(0).integers(-9, 9, (2, width)).astype(np.float32)
+    lanes = np.empty(16, np.float32)
+    total, bits = run(a, b, lanes)
+    assert total == a.sum()
+    assert lanes.sum() == a @ b
+    assert bits == sum(1 << i for i in range(width) if a[i] > b[i])
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 17, 100, 128])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tiles_are_the_transposed_batch(num_rows, width) -> None:
+    x = torch.randn(num_rows, 37)
+    tiles = to_tiles(x, width)
+    padded = torch.zeros(len(tiles) * width, 37)
+    padded[:num_rows] = x
+    expected = padded.view(-1, width, 37).transpose(1, 2).flatten(1)
+    assert torch.equal(torch.from_numpy(tiles), expected)
+    shares = np.stack([tiles.reshape(-1)] * 3)
+    assert torch.equal(from_tiles(shares, num_rows, 37, width, x.dtype), x + x + x)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (512, 64)]
+)
+def test_small_batches_get_narrow_tiles(num_rows, width) -> None:
+    assert tile_width(num_rows) == width
+
+
+def test_shares_cover_the_labels_once(two_threads) -> None:
+    assert threads.shares(10_001) == [(0, 5000), (5000, 10_001)]
+    assert threads.shares(100) == [(0, 100)]
+
+
+def test_an_error_of_a_share_reaches_the_caller() -> None:
+    def fail(share):
+        raise RuntimeError(f"share {share}")
+
+    with pytest.raises(RuntimeError, match="share 0"):
+        threads.run(fail, [(0,), (1,)])
+
+
+def run_python(code: str, *arguments: object) -> str:
+    """The output of a fresh interpreter that sees only installed packages."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_operations_load_no_compiler() -> None:
+    modules = run_python(
+        "import sys, xmc_kernels.classifier, xmc_kernels.fan_in, xmc_kernels.topk\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    ).split()
+    assert "torch" in modules
+    assert not {"numba", "llvmlite", "triton", "scipy"} & set(modules)
+
+
+_TRAIN = """
+import sys, json
+sys.path.insert(0, sys.argv[1])
+import torch
+from xmc_kernels.classifier import *
+index = torch.arange(4).repeat(600, 1).to(torch.uint16)
+weight, bias = torch.zeros(600, 4), torch.zeros(600)
+rule = UpdateRule("adamw")
+classifier_step_(torch.ones(2, 9), weight, index, bias, torch.tensor([0, 1, 1]),
+    torch.zeros(1, dtype=torch.int32), loss="bce", rule=rule, lr=1.0, step=1, grad_scale=1.0,
+    state=make_state(weight, bias, rule))
+from xmc_kernels._cpu import classifier as cpu
+stats = cpu._kernel(16).stats
+print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), cpu.__file__]))
+"""
+
+
+def test_a_second_process_finds_the_compiled_kernels(tmp_path) -> None:
+    package = Path(xmc_kernels.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, tmp_path / "xmc_kernels", ignore=ignore)
+    runs = [json.loads(run_python(_TRAIN, tmp_path)) for _ in range(2)]
+    assert all(file.startswith(str(tmp_path)) for _, _, file in runs)
+    assert [run[:2] for run in runs] == [[0, 1], [1, 0]]
+    # A change of another file is a change of the kernels that inline it.
+    with (tmp_path / "xmc_kernels/_cpu/losses.py").open("a") as file:
+        file.write("\n")
+    assert json.loads(run_python(_TRAIN, tmp_path))[:2] == [0, 1]
+
+
+_PEAK = """
+import resource, sys
+import torch
+from xmc_kernels.classifier import *
+L, D, F, B = int(sys.argv[1]), 768, 32, 64
+torch.set_num_threads(2)
+index = torch.arange(F).repeat(L, 1).mul_(24).to(torch.uint16)
+weight, bias, x = torch.zeros(L, F), torch.zeros(L), torch.randn(B, D)
+rule = UpdateRule("adamw")
+state = make_state(weight, bias, rule)
+for moment in (state.weight_m, state.weight_v):
+    moment.fill_(1e-9)  # zeros are not memory until they are written
+def step(weight, index, bias, state):
+    classifier_step_(x, weight, index, bias, torch.arange(B + 1), torch.arange(B).int(),
+        loss="bce", rule=rule, state=state, lr=1e-3, step=1, grad_scale=1 / B)
+small = weight[:1024].clone(), index[:1024], bias[:1024].clone()
+step(*small, make_state(small[0], small[2], rule))  # compile
+def now():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # reset the peak
+before = now()
+step(weight, index, bias, state)
+with open("/proc/self/status") as file:
+    peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_step_needs_little_memory_whatever_the_number_of_labels() -> None:
+    extra = {L: int(run_python(_PEAK, L)) for L in (16_384, 131_072)}
+    # The scores alone would be 33 MB at 131,072 labels, a gradient of the weights 17 MB.
+    assert max(extra.values()) < 8e6, extra
