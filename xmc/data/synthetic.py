@@ -15,6 +15,7 @@ from xmc.types import SparseLabels
 
 _SIGNATURE = 6  # features of a label
 _NOISE = 6  # random features of a row
+_BLOCK = 1 << 14  # rows made at a time
 
 
 def make_synthetic(
@@ -43,17 +44,21 @@ def make_synthetic(
     if exponent < 0:
         raise ValueError(f"expected an exponent of at least 0, got {exponent}")
     generator = np.random.default_rng(seed)
-    drawn = _power_law(generator.random((num_rows, labels_per_row)), num_labels, exponent)
-    indptr, labels = _distinct(drawn)
-    owned = _signatures(drawn, num_features)
-    noise = generator.integers(0, num_features, (num_rows, _NOISE))
-    offsets, ids = _distinct(np.concatenate([owned, noise], 1))
-    weights = (1 / np.sqrt(np.diff(offsets))).astype(np.float32)  # rows of norm 1, as in tf-idf
-    values = np.repeat(weights, np.diff(offsets))
-    store = BagStore(
-        torch.from_numpy(offsets), torch.from_numpy(ids), torch.from_numpy(values), num_features
+    blocks = []
+    for start in range(0, num_rows, _BLOCK):
+        size = min(_BLOCK, num_rows - start)
+        drawn = _power_law(generator.random((size, labels_per_row)), num_labels, exponent)
+        noise = generator.integers(0, num_features, (size, _NOISE))
+        owned = _signatures(drawn, num_features)
+        blocks.append((*_distinct(drawn), *_distinct(np.concatenate([owned, noise], 1))))
+    label_counts, labels, counts, ids = (
+        np.concatenate(parts) for parts in zip(*blocks, strict=True)
     )
-    positives = SparseLabels(torch.from_numpy(indptr), torch.from_numpy(labels), num_labels)
+    values = np.repeat((1 / np.sqrt(counts)).astype(np.float32), counts)  # norm 1, as in tf-idf
+    store = BagStore(
+        _offsets(counts), torch.from_numpy(ids), torch.from_numpy(values), num_features
+    )
+    positives = SparseLabels(_offsets(label_counts), torch.from_numpy(labels), num_labels)
     return Dataset(store, positives, key=f"synthetic-{seed}")
 
 
@@ -69,19 +74,20 @@ def _power_law(uniform: np.ndarray, num_labels: int, exponent: float) -> np.ndar
 
 def _signatures(labels: np.ndarray, num_features: int) -> np.ndarray:  # [N, K] -> [N, K * S]
     """The features of each label: a multiplicative hash of the label and a counter."""
-    mixed = labels[:, :, None].astype(np.uint64) * np.uint64(_SIGNATURE)
+    mixed: np.ndarray = labels[:, :, None].astype(np.uint64) * np.uint64(_SIGNATURE)
     mixed = (mixed + np.arange(_SIGNATURE, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(29)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(32)
-    features = (mixed % np.uint64(num_features)).astype(np.int64)
-    return features.reshape(len(labels), -1)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = mixed ^ (mixed >> np.uint64(32))
+    return (mixed % np.uint64(num_features)).astype(np.int64).reshape(len(labels), -1)
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """CSR (indptr int64, indices int32) of the distinct values of each row, sorted."""
+    """The distinct values of each row: how many [N] int64, and which [n] int32, sorted."""
     values = np.sort(values, axis=1)
     first = np.ones(values.shape, bool)
     first[:, 1:] = values[:, 1:] != values[:, :-1]
-    indptr = np.concatenate([[0], np.cumsum(first.sum(1))])
-    return indptr, values[first].astype(np.int32)
+    return first.sum(1), values[first].astype(np.int32)
+
+
+def _offsets(counts: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
