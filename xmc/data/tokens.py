@@ -82,7 +82,9 @@ class TextTokenizer:
         """Names the tokenizer and its options by their content."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            content = backend.to_str()
+            parts = json.loads(backend.to_str())
+            # What the last call asked for, not what the tokenizer is.
+            content = json.dumps({**parts, "truncation": None, "padding": None})
         else:  # a tokenizer written in Python
             content = repr(sorted(self._tokenizer.get_vocab().items()))
         special = repr(sorted(self._tokenizer.special_tokens_map.items()))

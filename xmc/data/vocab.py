@@ -146,8 +146,11 @@ class Vocabulary:
             return cls(options, record["num_rows"], arrays["frequencies"], ngrams)
         except FileNotFoundError:
             raise DataError(f"{path}: expected a vocabulary, got no such file") from None
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: expected a vocabulary, got: {error}") from None
+        except DataError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path}: expected a vocabulary, got: {reason}") from None
 
     def _metadata(self) -> dict[str, object]:
         options = dataclasses.asdict(self.options)
