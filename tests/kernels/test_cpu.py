@@ -23,9 +23,10 @@ def apply(function, values):
 
     @njit
     def run(values, out):
+        source, into = vector.pointer(values), vector.pointer(out)
         zero = vector.splat(16, np.float32(0))
         for i in range(0, values.size, 16):
-            vector.store(out, i, function(vector.load(zero, values, i)))
+            vector.store(into, i, function(vector.load(zero, source, i)))
 
     out = np.full_like(values, np.nan)
     run(values, out)
@@ -65,7 +66,7 @@ def test_bce_is_accurate_over_the_whole_range(target) -> None:
 def test_rows_are_summed_in_order() -> None:
     @njit
     def run(rows, out):
-        vector.store(out, 0, vector.sum_rows(rows))
+        vector.store(vector.pointer(out), 0, vector.sum_rows(vector.pointer(rows)))
 
     rows = np.random.default_rng(0).integers(-99, 99, (16, 16)).astype(np.float32)
     out = np.empty(16, np.float32)
@@ -78,8 +79,9 @@ def test_reductions_of_a_vector(width) -> None:
     @njit
     def run(a, b, lanes):
         zero = vector.splat(width, np.float32(0))
-        x, y = vector.load(zero, a, 0), vector.load(zero, b, 0)
-        vector.store(lanes, 0, vector.dot_lanes(x, y))
+        x = vector.load(zero, vector.pointer(a), 0)
+        y = vector.load(zero, vector.pointer(b), 0)
+        vector.store(vector.pointer(lanes), 0, vector.dot_lanes(x, y))
         return vector.hsum(x), vector.greater(x, y)
 
     a, b = np.random.default_rng(0).integers(-9, 9, (2, width)).astype(np.float32)

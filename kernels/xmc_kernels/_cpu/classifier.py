@@ -29,6 +29,7 @@ from xmc_kernels._cpu.vector import (
     load,
     mul,
     negative_abs,
+    pointer,
     splat,
 )
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule
@@ -36,7 +37,7 @@ from xmc_kernels.update import RULES, ClassifierState, UpdateRule
 LOSSES = ("bce", "squared_hinge")
 _BCE = LOSSES.index("bce")
 _MOMENTUM, _ADAMW, _ADAGRAD = (RULES.index(rule) for rule in ("momentum", "adamw", "adagrad"))
-_ZERO = np.float32(0)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 class Rows(NamedTuple):
@@ -53,6 +54,20 @@ class Memory(NamedTuple):
 
     weight: tuple[np.ndarray, np.ndarray, np.ndarray]  # m, v, accumulated gradient
     bias: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Scratch(NamedTuple):
+    """A share's own buffers. `target` is all zeros between labels."""
+
+    target: np.ndarray  # [width]
+    partial: np.ndarray  # [16 * 16]
+    grad: np.ndarray  # [chunk * F]
+    grad_bias: np.ndarray  # [chunk]
+
+    @classmethod
+    def make(cls, width: int, chunk: int, fan_in: int) -> Scratch:
+        sizes = (width, 256, chunk * fan_in, chunk)
+        return cls(*(np.zeros(size, np.float32) for size in sizes))
 
 
 class Constants(NamedTuple):
@@ -127,25 +142,28 @@ def keep_or_apply(apply, rule, c, decay, param, grad, memory, first, last):
 @functools.cache
 def _kernel(W):
     @compiled
-    def classifier_range(start, stop, chunk, layer, rows, loss, apply, rule, c, decay, memory, d_x):
+    def classifier_range(
+        start, stop, chunk, layer, rows, loss, apply, rule, c, decay, memory, scratch, d_x_t
+    ):
         """Labels start..stop; returns the first label with a bad index or -1, and the loss."""
-        weight, index, bias, num_labels, fan_in, group = layer
-        x = rows.x
-        num_tiles, stride = x.shape
+        num_labels, fan_in, group = layer.num_labels, layer.fan_in, layer.group
+        weight, index, bias = pointer(layer.weight), pointer(layer.indices), pointer(layer.bias)
+        has_bias = layer.bias.size > 0
+        x, d_x, scales = pointer(rows.x), pointer(d_x_t), pointer(rows.scale)
+        target, partial = pointer(scratch.target), pointer(scratch.partial)
+        grad, grad_bias = pointer(scratch.grad), pointer(scratch.grad_bias)
+        keys, columns, num_keys = pointer(rows.keys), pointer(rows.columns), rows.keys.size
+        num_tiles, stride = rows.x.shape
         features = stride // W
-        target = np.zeros(W, np.float32)
-        partial = np.zeros((16, 16), np.float32)
-        grad = np.zeros(chunk * fan_in, np.float32)
-        grad_bias = np.zeros(chunk, np.float32)
         zero = splat(W, _ZERO)
         value = 0.0
-        d_x[:] = 0
+        d_x_t[:] = 0
         for c0 in range(start, stop, chunk):
             c1 = min(c0 + chunk, stop)
             for tile in range(num_tiles):
                 base = tile * stride
                 total = zero
-                scale = load(zero, rows.scale, tile * W)
+                scale = load(zero, scales, tile * W)
                 p = np.searchsorted(rows.keys, tile * num_labels + c0)
                 for label in range(c0, c1):
                     w = label * fan_in
@@ -153,19 +171,19 @@ def _kernel(W):
                     if out_of_range(index, row, fan_in, features):
                         return label, value
 
-                    score = fill(zero, bias[label] if bias.size > 0 else _ZERO)
+                    score = fill(zero, bias[label] if has_bias else _ZERO)
                     score = label_score(score, x, base, weight, w, index, row, fan_in)
 
                     first = p
-                    while p < rows.keys.size and rows.keys[p] == tile * num_labels + label:
-                        target[rows.columns[p]] = 1
+                    while p < num_keys and keys[p] == tile * num_labels + label:
+                        target[columns[p]] = _ONE
                         p += 1
                     if loss == _BCE:
                         g, v = bce(score, load(zero, target, 0))
                     else:
                         g, v = squared_hinge(score, load(zero, target, 0))
                     for i in range(first, p):
-                        target[rows.columns[i]] = 0
+                        target[columns[i]] = _ZERO
                     g = mul(g, scale)
                     total = fma(v, scale, total)
 
@@ -176,7 +194,8 @@ def _kernel(W):
                         grad_bias[label - c0] += hsum(g)
                     if loss != _BCE and greater(zero, negative_abs(g)) == 0:
                         if tile == 0:
-                            grad[r : r + fan_in] = 0
+                            for k in range(fan_in):
+                                grad[r + k] = _ZERO
                         continue
                     add_up = tile > 0
                     label_gradient(
@@ -184,10 +203,13 @@ def _kernel(W):
                     )
                 value += hsum(total)
             keep_or_apply(
-                apply, rule, c, decay, weight, grad, memory.weight, c0 * fan_in, c1 * fan_in
+                *(apply, rule, c, decay, layer.weight, scratch.grad, memory.weight),
+                *(c0 * fan_in, c1 * fan_in),
             )
-            if bias.size > 0:
-                keep_or_apply(apply, rule, c, _ZERO, bias, grad_bias, memory.bias, c0, c1)
+            if has_bias:
+                keep_or_apply(
+                    apply, rule, c, _ZERO, layer.bias, scratch.grad_bias, memory.bias, c0, c1
+                )
         return -1, value
 
     return classifier_range
@@ -231,8 +253,9 @@ def classifier_step(
     )
     shares = threads.shares(num_labels)
     d_x = np.empty((len(shares), tiles.size), np.float32)
+    chunk = chunk_labels(fan_in, len(tiles))
     common = (
-        chunk_labels(fan_in, len(tiles)),
+        chunk,
         layer,
         rows,
         LOSSES.index(loss),
@@ -242,7 +265,10 @@ def classifier_step(
         np.float32(rule.weight_decay),
         memory,
     )
-    calls = [(*share, *common, own) for share, own in zip(shares, d_x, strict=True)]
+    calls = [
+        (*share, *common, Scratch.make(width, chunk, fan_in), own)
+        for share, own in zip(shares, d_x, strict=True)
+    ]
     results = threads.run(_kernel(width), calls)
     raise_bad_index(index, num_labels, features, [bad for bad, _ in results])
     value = torch.tensor(sum(part for _, part in results), dtype=torch.float32)

@@ -26,7 +26,7 @@ def label_gradient(
     """`d_x[row of index] += weight * g`, and `d_weight[at_weight:] = (or +=) x . g` for each input.
 
     Sixteen inputs at a time: their products with g leave sixteen partial sums each in `partial`
-    (16 x 16), which are then summed together.
+    (16 x 16), which are then summed together. All arrays are pointers.
     """
     width = width_of(g)
     for k in range(0, fan_in, 16):
@@ -45,4 +45,4 @@ def label_gradient(
             store(partial, 0, sums)
             for j in range(count):
                 before = d_weight[to + j] if accumulate else _ZERO
-                d_weight[to + j] = before + partial[0, j]
+                d_weight[to + j] = before + partial[j]

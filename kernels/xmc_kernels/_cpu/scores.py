@@ -51,7 +51,7 @@ def out_of_range(index, row, fan_in, features):
 
 @njit(forceinline=True)
 def label_score(score, x, base, weight, w, index, row, fan_in):
-    """`score + sum_k weight[w + k] * x[base + index[row + k] * width :][:width]`.
+    """`score + sum_k weight[w + k] * x[base + index[row + k] * width :][:width]`, of pointers.
 
     Two chains of multiply-adds hide half of their latency.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._cpu.jit import compiled
-from xmc_kernels._cpu.vector import transpose_block
+from xmc_kernels._cpu.vector import pointer, transpose_block
 
 WIDTHS = (16, 32, 64)
 # Cost of a label and a tile beside its multiply-adds, in columns of work (a fit to the sweep of
@@ -34,7 +34,7 @@ def flat(tensor: Tensor | None) -> np.ndarray:
 
 @compiled
 def transpose(source, at, step, num_rows, num_columns, into, to, to_step):
-    """`into[to + c * to_step + r] = source[at + r * step + c]` on flat arrays."""
+    """`into[to + c * to_step + r] = source[at + r * step + c]`, of pointers."""
     whole_rows, whole_columns = num_rows // 16 * 16, num_columns // 16 * 16
     for r in range(0, whole_rows, 16):
         for c in range(0, whole_columns, 16):
@@ -46,10 +46,13 @@ def transpose(source, at, step, num_rows, num_columns, into, to, to_step):
 
 @compiled
 def _to_tiles(x, num_rows, features, width, tiles):
+    source, into = pointer(x), pointer(tiles)
     for tile in range(tiles.size // (features * width)):
         first = tile * width
         count = min(width, num_rows - first)
-        transpose(x, first * features, features, count, features, tiles, first * features, width)
+        transpose(
+            source, first * features, features, count, features, into, first * features, width
+        )
 
 
 @compiled
@@ -57,9 +60,12 @@ def _from_tiles(shares, num_rows, features, width, out):
     total = shares[0]
     for share in range(1, shares.shape[0]):
         total += shares[share]
+    source, into = pointer(total), pointer(out)
     for first in range(0, num_rows, width):
         count = min(width, num_rows - first)
-        transpose(total, first * features, width, features, count, out, first * features, features)
+        transpose(
+            source, first * features, width, features, count, into, first * features, features
+        )
 
 
 def to_tiles(x: Tensor, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from xmc_kernels._cpu import threads
 from xmc_kernels._cpu.jit import compiled
 from xmc_kernels._cpu.scores import label_score, make_layer, out_of_range, raise_bad_index
 from xmc_kernels._cpu.tiles import chunk_labels, tile_width, to_tiles
-from xmc_kernels._cpu.vector import fill, greater, load, splat, store
+from xmc_kernels._cpu.vector import fill, greater, load, pointer, splat, store
 from xmc_kernels._reference.topk import from_key, order_key
 
 _ZERO = np.float32(0)
@@ -46,20 +46,19 @@ def insert(scores, labels, score, label):
 @functools.cache
 def _kernel(W):
     @compiled
-    def topk_range(start, stop, chunk, layer, x, num_rows, exclude, offset, scores, labels):
+    def topk_range(start, stop, chunk, layer, tiles, exclude, offset, thresholds, scores, labels):
         """The best of labels start..stop into scores, labels [B, k]; a bad label or -1.
 
+        A score must be above its row's threshold; behind the thresholds is room for a tile.
         Labels come in rising order, so a score has to be larger to push out an equal one.
         """
-        weight, index, bias, _, fan_in, group = layer
+        fan_in, group, has_bias = layer.fan_in, layer.group, layer.bias.size > 0
+        weight, index, bias = pointer(layer.weight), pointer(layer.indices), pointer(layer.bias)
         indptr, excluded = exclude
-        num_tiles, stride = x.shape
+        num_tiles, stride = tiles.shape
+        x, threshold = pointer(tiles), pointer(thresholds)
         k = scores.shape[1]
         zero = splat(W, _ZERO)
-        buffer = np.zeros(W, np.float32)
-        # A score must be above its row's threshold; nothing is above that of padding.
-        threshold = np.full(num_tiles * W, np.inf, np.float32)
-        threshold[:num_rows] = -np.inf
         scores[:] = -np.inf
         labels[:] = -1
         for c0 in range(start, stop, chunk):
@@ -69,17 +68,19 @@ def _kernel(W):
                     row = (label // group) * fan_in
                     if out_of_range(index, row, fan_in, stride // W):
                         return label
-                    score = fill(zero, bias[label] if bias.size > 0 else _ZERO)
+                    score = fill(zero, bias[label] if has_bias else _ZERO)
                     score = label_score(
                         score, x, tile * stride, weight, label * fan_in, index, row, fan_in
                     )
-                    if greater(score, load(zero, threshold, tile * W)) == 0:
+                    better = greater(score, load(zero, threshold, tile * W))
+                    if better == 0:
                         continue
-                    store(buffer, 0, score)
-                    for i in range(tile * W, min(tile * W + W, num_rows)):
-                        value = buffer[i - tile * W]
-                        if not value > threshold[i]:
+                    store(threshold, num_tiles * W, score)
+                    for j in range(W):
+                        if (better >> np.uint64(j)) & np.uint64(1) == 0:
                             continue
+                        i = tile * W + j
+                        value = threshold[num_tiles * W + j]
                         if excluded.size > 0 and contains(
                             excluded, indptr[i], indptr[i + 1], label + offset
                         ):
@@ -111,8 +112,13 @@ def fan_in_topk(
     labels = np.empty((len(shares), num_rows, k), np.int64)
     pairs = exclude or (torch.zeros(num_rows + 1).long(), torch.zeros(0).int())
     filtered = (pairs[0].numpy(), pairs[1].numpy())
-    common = (chunk_labels(fan_in, len(tiles)), layer, tiles, num_rows, filtered, label_offset)
-    calls = [(*s, *common, scores[i], labels[i]) for i, s in enumerate(shares)]
+    common = (chunk_labels(fan_in, len(tiles)), layer, tiles, filtered, label_offset)
+    thresholds = np.full((len(shares), (len(tiles) + 1) * width), np.inf, np.float32)
+    thresholds[:, :num_rows] = -np.inf  # padding never gets past its own
+    calls = [
+        (*share, *common, *own)
+        for share, own in zip(shares, zip(thresholds, scores, labels, strict=True), strict=True)
+    ]
     bad = threads.run(_kernel(width), calls)
     raise_bad_index(index, num_labels, features, bad)
     return merge(torch.from_numpy(scores), torch.from_numpy(labels))

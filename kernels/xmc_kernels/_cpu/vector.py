@@ -9,13 +9,14 @@ here names an instruction set. Multiply-adds are `llvm.fmuladd`: fused where the
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import types
+from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, models, register_model
 
 F32 = ir.FloatType()
 I32 = ir.IntType(32)
 LANES = 16
+FLOATS = types.CPointer(types.float32)
 
 
 class Vector(types.Type):
@@ -45,11 +46,23 @@ def _call(builder, name, operands):
     return builder.call(fn, operands)
 
 
-def _address(context, builder, array_type, array, offset, width):
-    """Pointer to `width` numbers of a contiguous float32 array from flat position `offset`."""
-    data = context.make_array(array_type)(context, builder, array).data
-    pointer = builder.gep(data, [offset])
-    return builder.bitcast(pointer, ir.VectorType(F32, width).as_pointer())
+def _at(builder, pointer, offset, width=LANES):
+    """Address of the `width` numbers from `offset` on."""
+    kind = ir.VectorType(F32, width).as_pointer()
+    return builder.bitcast(builder.gep(pointer, [offset]), kind)
+
+
+@intrinsic
+def pointer(typingctx, array):
+    """The address of a contiguous array's first number: indexed without wrap-around or reference
+    counting, either of which would cost a kernel's inner loop dearly. Keep the array alive.
+    """
+    signature = types.CPointer(array.dtype)(array)
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(sig.args[0])(context, builder, args[0]).data
+
+    return signature, codegen
 
 
 def _splat(builder, width, value):
@@ -65,25 +78,23 @@ def _slice(builder, vector, start, count):
 
 
 @intrinsic
-def load(typingctx, like, array, offset):
-    """`array.flat[offset : offset + width]`, as wide as the vector `like`."""
-    signature = like(like, array, types.intp)
+def load(typingctx, like, source, offset):
+    """`source[offset : offset + width]` of a pointer, as wide as the vector `like`."""
+    signature = like(like, FLOATS, types.intp)
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[1], args[1], args[2], sig.return_type.width)
-        return builder.load(pointer, align=4)
+        return builder.load(_at(builder, args[1], args[2], sig.return_type.width), align=4)
 
     return signature, codegen
 
 
 @intrinsic
-def store(typingctx, array, offset, vector):
-    """`array.flat[offset : offset + width] = vector`."""
-    signature = types.void(array, types.intp, vector)
+def store(typingctx, into, offset, vector):
+    """`into[offset : offset + width] = vector` of a pointer."""
+    signature = types.void(FLOATS, types.intp, vector)
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[0], args[1], sig.args[2].width)
-        builder.store(args[2], pointer, align=4)
+        builder.store(args[2], _at(builder, args[0], args[1], sig.args[2].width), align=4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -254,16 +265,13 @@ def _rows_in_lane_order():
 
 
 @intrinsic
-def sum_rows(typingctx, array):
-    """The 16 row sums of a contiguous 16 x 16 array, as one vector."""
-    signature = Vector(LANES)(array)
+def sum_rows(typingctx, rows):
+    """The 16 row sums of 16 x 16 numbers behind a pointer, as one vector."""
+    signature = Vector(LANES)(FLOATS)
 
     def codegen(context, builder, sig, args):
         offsets = [ir.Constant(ir.IntType(64), row * LANES) for row in _rows_in_lane_order()]
-        rows = [
-            builder.load(_address(context, builder, sig.args[0], args[0], o, LANES), align=4)
-            for o in offsets
-        ]
+        rows = [builder.load(_at(builder, args[0], offset), align=4) for offset in offsets]
         for block in (8, 4, 2, 1):
             masks = [
                 ir.Constant(ir.VectorType(I32, LANES), lanes) for lanes in _interleaving(block)
@@ -280,18 +288,16 @@ def sum_rows(typingctx, array):
 @intrinsic
 def transpose_block(typingctx, source, at, step, into, to, to_step):
     """`into[to + c * to_step + r] = source[at + r * step + c]` for 16 rows and 16 columns."""
-    signature = types.void(source, types.intp, types.intp, into, types.intp, types.intp)
+    signature = types.void(FLOATS, types.intp, types.intp, FLOATS, types.intp, types.intp)
 
     def codegen(context, builder, sig, args):
         source, at, step, into, to, to_step = args
 
-        def pointer(array_type, array, base, stride, i):
+        def address(data, base, stride, i):
             offset = builder.add(base, builder.mul(stride, ir.Constant(base.type, i)))
-            return _address(context, builder, array_type, array, offset, LANES)
+            return _at(builder, data, offset)
 
-        rows = [
-            builder.load(pointer(sig.args[0], source, at, step, i), align=4) for i in range(LANES)
-        ]
+        rows = [builder.load(address(source, at, step, i), align=4) for i in range(LANES)]
         # Exchange off-diagonal quarters of ever smaller blocks.
         for block in (8, 4, 2, 1):
             from_low = [i if i & block == 0 else LANES + i - block for i in range(LANES)]
@@ -302,7 +308,7 @@ def transpose_block(typingctx, source, at, step, into, to, to_step):
                     a, b = rows[i], rows[i + block]
                     rows[i], rows[i + block] = (builder.shuffle_vector(a, b, m) for m in masks)
         for i, row in enumerate(rows):
-            builder.store(row, pointer(sig.args[3], into, to, to_step, i), align=4)
+            builder.store(row, address(into, to, to_step, i), align=4)
         return context.get_dummy_value()
 
     return signature, codegen
