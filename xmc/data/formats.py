@@ -32,7 +32,7 @@ from xmc.files import new_folder
 SPLITS = ("trn", "val", "tst")
 _ALIASES = {"train": "trn", "validation": "val", "valid": "val", "test": "tst"}
 _FILTERS = {"trn": "filter_labels_train.txt", "tst": "filter_labels_test.txt"}
-_PAIR = re.compile(rb"\s*([+-]?\d+)\s+([+-]?\d+)\s*", re.ASCII)
+_PAIR = re.compile(rb"\s*([+-]?\d{1,18})\s+([+-]?\d{1,18})\s*", re.ASCII)
 _COMPRESSION = 6  # fixed, so that the same input gives the same bytes
 
 

@@ -37,8 +37,7 @@ _FILE = "vocabulary.safetensors"
 _VERSION = 1
 _CHUNK_ROWS = 1024  # fits ROW_BITS
 _CHUNK_WORDS = 1 << 20  # a chunk ends with the text that passes it
-ROW_BITS = 10
-MAX_WORDS = 1 << 27  # two word ids and a row of the chunk share 64 bits
+ROW_BITS = 10  # two word ids of up to 27 bits and a row of the chunk share 64 bits
 _MEMO = 1 << 20  # words whose hash is remembered
 
 
