@@ -112,6 +112,20 @@ def test_help_names_the_options(xmc: Xmc, command: list[str]) -> None:
     assert "Usage" in out
 
 
+def test_options_lists_every_key_with_its_meaning(xmc: Xmc) -> None:
+    code, out, _ = xmc("options", "quickstart")
+    assert code == 0
+    lines = out.splitlines()
+    assert "head.fan_in = 64" in lines
+    assert lines[lines.index("head.fan_in = 64") + 1] == "    F: features that each label reads."
+    meanings = [line for line in lines if line.startswith("    ")]
+    assert len(meanings) == len(lines) / 2  # none without
+
+
+def test_version(xmc: Xmc) -> None:
+    assert xmc("--version")[:2] == (0, "0.1.0\n")
+
+
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     """Exit code 2, and one line on standard error that holds every part."""
     code, _, err = result

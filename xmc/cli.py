@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -17,7 +19,6 @@ from xmc.config import shipped_recipes
 
 app = typer.Typer(
     name="xmc",
-    help="Extreme multi-label classification with sparse output layers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,8 +30,20 @@ _INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Folder of encoded features, reused between runs [default: ~/.cache/xmc]."),
+    typer.Option(help="Folder of encoded features, reused between runs (default: ~/.cache/xmc)."),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Extreme multi-label classification with sparse output layers."""
+    if show_version:
+        print(version("xmc-toolkit"))
+        raise typer.Exit
 
 
 @app.command()
@@ -46,7 +59,9 @@ def train(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override a recipe option; repeatable."
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Override a recipe option; repeatable. `xmc options` lists them.",
         ),
     ] = None,
     resume: Annotated[
@@ -78,7 +93,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
     data: Annotated[
         Path | None,
-        typer.Option(help="Another data folder with the same labels [default: the run's own]."),
+        typer.Option(help="Another data folder with the same labels (default: the run's own)."),
     ] = None,
     k: Annotated[str, typer.Option("-k", help="Ranks, separated by commas.")] = "1,3,5,10",
     propensity: Annotated[
@@ -102,7 +117,7 @@ def evaluate(
     ] = False,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", help="Where to write the scores [default: in the run folder]."),
+        typer.Option("--json", help="Where to write the scores (default: in the run folder)."),
     ] = None,
     cache: Cache = None,
 ) -> None:
@@ -171,6 +186,22 @@ def predict(
     for answer in predictor.stream(remembered(), k):
         labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
         print(json.dumps({"text": texts.pop(0), "labels": labels}, ensure_ascii=False))
+
+
+@app.command()
+def options(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Show the values of this recipe instead of the defaults.")
+    ] = None,
+) -> None:
+    """List every option of a recipe with its value and meaning."""
+    from xmc.config import describe_options, load_recipe
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    for name, value, meaning in describe_options(load_recipe(recipe) if recipe else None):
+        console.print(f"[bold]{name}[/bold] = {json.dumps(value)}", highlight=False)
+        if meaning:
+            console.print(f"    {meaning}", highlight=False, markup=False)
 
 
 @data_app.command()
@@ -262,7 +293,9 @@ def _note(message: str) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app()
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, which is its right
         sys.exit(1)
@@ -273,6 +306,17 @@ def main() -> None:
             raise
         print(f"xmc: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _note(f"xmc: warning: {message}")
 
 
 def _expected(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -106,6 +106,7 @@ class OptimizerConfig:
     """One optimizer and its peak learning rate."""
 
     kind: Literal["sgd", "momentum", "adamw", "adagrad"] = "adamw"
+    """The update rule; the encoder takes adamw only."""
     lr: Rate = 1e-2
     """Learning rate after warm-up."""
     weight_decay: Rate = 0.0
@@ -123,6 +124,7 @@ class TrainConfig:
     """Steps, schedules and the validation split."""
 
     epochs: Positive = 10
+    """Passes over the training rows."""
     batch_size: Positive = 128
     """Examples per encoder pass."""
     accumulation: Positive = 1
@@ -142,9 +144,11 @@ class TrainConfig:
     checkpoint_every: Positive = 1000
     """Optimizer steps between checkpoints; one is also written after every epoch."""
     eval_batch_size: Positive = 512
+    """Examples scored at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     seed: NonNegative = 42
+    """Decides weights, patterns, dropout, validation rows and the order of examples."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -227,6 +231,16 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
 def shipped_recipes() -> list[str]:
     folder = resources.files("xmc.recipes")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def describe_options(config: Config | None = None) -> list[tuple[str, Any, str]]:
+    """(section.key, value, meaning) of every option, in order."""
+    rows = []
+    for section, options in to_dict(config or Config()).items():
+        fields = TypeAdapter(type(getattr(Config(), section))).json_schema()["properties"]
+        for key, value in options.items():
+            rows.append((f"{section}.{key}", value, fields[key].get("description", "")))
+    return rows
 
 
 def _find(recipe: str | Path) -> Path:
