@@ -6,100 +6,108 @@ import functools
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from xmc_kernels._cpu import threads
+from xmc_kernels._cpu import scores, threads
 from xmc_kernels._cpu.gradients import label_gradient
-from xmc_kernels._cpu.jit import compiled
-from xmc_kernels._cpu.scores import label_score, make_layer, out_of_range, raise_bad_index
-from xmc_kernels._cpu.tiles import chunk_labels, flat, from_tiles, tile_width, to_tiles, transpose
-from xmc_kernels._cpu.vector import fill, load, pointer, splat, store
+from xmc_kernels._cpu.jit import kernel
+from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
+from xmc_kernels._cpu.tiles import from_tiles, tile_width, to_tiles, transpose
+from xmc_kernels._cpu.vector import at_address, fill, load, next_share, splat, store
 
 _ZERO = np.float32(0)
 _BLOCK = 64  # labels whose scores are transposed at once
+FORWARD = threads.record_type(
+    addresses=f"{scores.ADDRESSES} block out", integers=f"{scores.INTEGERS} num_rows"
+)
+BACKWARD = threads.record_type(
+    addresses=f"{scores.ADDRESSES} block partial grad d_weight d_x",
+    integers=f"{scores.INTEGERS} num_rows",
+)
 
 
 @functools.cache
-def _forward_kernel(W):
-    @compiled
-    def forward_range(start, stop, chunk, layer, tiles, num_rows, block, out):
-        """Scores of labels start..stop into out [B * L]; returns a label with a bad index or -1."""
-        num_labels, fan_in, group = layer.num_labels, layer.fan_in, layer.group
-        weight, index, bias = pointer(layer.weight), pointer(layer.indices), pointer(layer.bias)
-        has_bias = layer.bias.size > 0
-        x, scores, into = pointer(tiles), pointer(block), pointer(out)
-        num_tiles, stride = tiles.shape
+def _forward_kernel(W, kind):
+    @kernel(FORWARD)
+    def forward_shares(arguments):
+        a = carray(arguments, 1)[0]
+        num_labels, fan_in, group, chunk = a.num_labels, a.fan_in, a.group, a.chunk
+        num_tiles, features, num_rows = a.num_tiles, a.features, a.num_rows
+        weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
+        has_bias = a.bias != 0
+        index, x = at_address(kind, a.index), at_address(np.float32, a.x)
+        out, bad = at_address(np.float32, a.out), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
-        for c0 in range(start, stop, chunk):
-            c1 = min(c0 + chunk, stop)
-            for tile in range(num_tiles):
-                count = min(W, num_rows - tile * W)
-                for b0 in range(c0, c1, _BLOCK):
-                    b1 = min(b0 + _BLOCK, c1)
-                    for label in range(b0, b1):
-                        row = (label // group) * fan_in
-                        if out_of_range(index, row, fan_in, stride // W):
-                            return label
-                        score = fill(zero, bias[label] if has_bias else _ZERO)
-                        score = label_score(
-                            score, x, tile * stride, weight, label * fan_in, index, row, fan_in
-                        )
-                        store(scores, (label - b0) * W, score)
-                    to = tile * W * num_labels + b0
-                    transpose(scores, 0, W, b1 - b0, count, into, to, num_labels)
-        return -1
 
-    return forward_range
+        share = next_share(arguments)
+        while share < a.num_shares:
+            start, stop = share_range(a, share)
+            block = at_address(np.float32, a.block + share * 4 * _BLOCK * W)
+            for c0 in range(start, stop, chunk):
+                c1 = min(c0 + chunk, stop)
+                for tile in range(num_tiles):
+                    for b0 in range(c0, c1, _BLOCK):
+                        b1 = min(b0 + _BLOCK, c1)
+                        for label in range(b0, b1):
+                            w, row = label * fan_in, (label // group) * fan_in
+                            if out_of_range(index, row, fan_in, features):
+                                if bad[share] < 0:
+                                    bad[share] = label
+                                continue
+                            base = tile * features * W
+                            score = fill(zero, bias[label] if has_bias else _ZERO)
+                            score = label_score(score, x, base, weight, w, index, row, fan_in)
+                            store(block, (label - b0) * W, score)
+                        count = min(W, num_rows - tile * W)
+                        to = tile * W * num_labels + b0
+                        transpose(block, 0, W, b1 - b0, count, out, to, num_labels)
+            share = next_share(arguments)
+
+    return forward_shares
 
 
 @functools.cache
-def _backward_kernel(W):
-    @compiled
-    def backward_range(
-        start, stop, chunk, layer, tiles, num_rows, block, sums, d_out, d_weight, d_x_t
-    ):
-        """Gradients of labels start..stop; d_x_t is this share's own [tiles * D * W]."""
-        num_labels, fan_in, group = layer.num_labels, layer.fan_in, layer.group
-        weight, index, x = pointer(layer.weight), pointer(layer.indices), pointer(tiles)
-        grad, grads, partial = pointer(d_out), pointer(block), pointer(sums)
-        into, d_x = pointer(d_weight), pointer(d_x_t)
-        num_tiles, stride = tiles.shape
+def _backward_kernel(W, kind):
+    @kernel(BACKWARD)
+    def backward_shares(arguments):
+        a = carray(arguments, 1)[0]
+        num_labels, fan_in, group, chunk = a.num_labels, a.fan_in, a.group, a.chunk
+        num_tiles, features, num_rows = a.num_tiles, a.features, a.num_rows
+        weight, d_weight = at_address(np.float32, a.weight), at_address(np.float32, a.d_weight)
+        index, x = at_address(kind, a.index), at_address(np.float32, a.x)
+        grad, bad = at_address(np.float32, a.grad), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
-        d_x_t[:] = 0
-        for c0 in range(start, stop, chunk):
-            c1 = min(c0 + chunk, stop)
-            for tile in range(num_tiles):
-                base = tile * stride
-                count = min(W, num_rows - tile * W)
-                for b0 in range(c0, c1, _BLOCK):
-                    b1 = min(b0 + _BLOCK, c1)
-                    at = tile * W * num_labels + b0
-                    block[:] = 0
-                    transpose(grad, at, num_labels, count, b1 - b0, grads, 0, W)
-                    for label in range(b0, b1):
-                        w, row = label * fan_in, (label // group) * fan_in
-                        if out_of_range(index, row, fan_in, stride // W):
-                            return label
-                        g = load(zero, grads, (label - b0) * W)
-                        add_up = tile > 0
-                        label_gradient(
-                            g,
-                            x,
-                            base,
-                            weight,
-                            w,
-                            index,
-                            row,
-                            fan_in,
-                            add_up,
-                            into,
-                            w,
-                            d_x,
-                            partial,
-                        )
-        return -1
 
-    return backward_range
+        share = next_share(arguments)
+        while share < a.num_shares:
+            start, stop = share_range(a, share)
+            block = at_address(np.float32, a.block + share * 4 * _BLOCK * W)
+            partial = at_address(np.float32, a.partial + share * 4 * 256)
+            d_x = at_address(np.float32, a.d_x + share * 4 * num_tiles * features * W)
+            for c0 in range(start, stop, chunk):
+                c1 = min(c0 + chunk, stop)
+                for tile in range(num_tiles):
+                    for b0 in range(c0, c1, _BLOCK):
+                        b1 = min(b0 + _BLOCK, c1)
+                        # Columns beyond the last row stay as they are: x is zero there.
+                        count = min(W, num_rows - tile * W)
+                        at = tile * W * num_labels + b0
+                        transpose(grad, at, num_labels, count, b1 - b0, block, 0, W)
+                        for label in range(b0, b1):
+                            w, row = label * fan_in, (label // group) * fan_in
+                            if out_of_range(index, row, fan_in, features):
+                                if bad[share] < 0:
+                                    bad[share] = label
+                                continue
+                            g = load(zero, block, (label - b0) * W)
+                            label_gradient(
+                                *(g, x, tile * features * W, weight, w, index, row, fan_in),
+                                *(tile > 0, d_weight, w, d_x, partial),
+                            )
+            share = next_share(arguments)
+
+    return backward_shares
 
 
 def fan_in_linear(
@@ -109,20 +117,16 @@ def fan_in_linear(
     bias: Tensor | None,  # [L] float32
 ) -> Tensor:  # [B, L]
     """`x @ dense(weight, index).T + bias` in x's dtype."""
-    num_rows, features = x.shape
-    num_labels, fan_in = weight.shape
-    width = tile_width(num_rows)
-    tiles = to_tiles(x, width)
-    layer = make_layer(weight.contiguous(), index, bias if bias is None else bias.contiguous())
-    out = torch.empty(num_rows, num_labels)
-    common = (chunk_labels(fan_in, len(tiles)), layer, tiles, num_rows)
-    calls = [
-        (*share, *common, np.empty(_BLOCK * width, np.float32), flat(out))
-        for share in threads.shares(num_labels)
-    ]
-    bad = threads.run(_forward_kernel(width), calls)
-    raise_bad_index(index, num_labels, features, bad)
-    return out.to(x.dtype)
+    width = tile_width(len(x))
+    shares = threads.num_shares(len(weight))
+    layer = scores.layer_fields(to_tiles(x, width), weight, index, bias, shares)
+    # numpy's large arrays come in huge pages, torch's in small ones that each cost a fault.
+    out = np.empty((len(x), len(weight)), np.float32)
+    block = np.empty((shares, _BLOCK, width), np.float32)
+    arguments = threads.record(FORWARD, **layer, block=block, out=out, num_rows=len(x))
+    threads.launch(_forward_kernel(width, scores.index_kind(index)), arguments)
+    scores.raise_bad_index(index, layer)
+    return torch.from_numpy(out).to(x.dtype)
 
 
 def fan_in_linear_backward(
@@ -132,25 +136,25 @@ def fan_in_linear_backward(
     index: Tensor,  # [L/G, F]
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
     """Gradients in x and weight; the shares' parts of d_x are added in a fixed order."""
-    num_rows, features = x.shape
-    num_labels, fan_in = weight.shape
-    width = tile_width(num_rows)
+    width = tile_width(len(x))
     tiles = to_tiles(x, width)
-    layer = make_layer(weight.contiguous(), index, None)
+    shares = threads.num_shares(len(weight))
+    layer = scores.layer_fields(tiles, weight, index, None, shares)
+    grad = grad.float().contiguous()
     d_weight = torch.empty(weight.shape)
-    shares = threads.shares(num_labels)
-    d_x = np.empty((len(shares), tiles.size), np.float32)
-    common = (chunk_labels(fan_in, len(tiles)), layer, tiles, num_rows)
-    gradients = (flat(grad.float().contiguous()), flat(d_weight))
-    calls = [
-        (
-            *(*share, *common),
-            np.empty(_BLOCK * width, np.float32),
-            np.zeros(256, np.float32),
-            *(*gradients, own),
-        )
-        for share, own in zip(shares, d_x, strict=True)
-    ]
-    bad = threads.run(_backward_kernel(width), calls)
-    raise_bad_index(index, num_labels, features, bad)
-    return from_tiles(d_x, num_rows, features, width, x.dtype), d_weight
+    d_x = np.zeros((shares, *tiles.shape), np.float32)
+    block = np.zeros((shares, _BLOCK, width), np.float32)
+    partial = np.zeros((shares, 256), np.float32)
+    arguments = threads.record(
+        BACKWARD,
+        **layer,
+        block=block,
+        partial=partial,
+        grad=grad,
+        d_weight=d_weight,
+        d_x=d_x,
+        num_rows=len(x),
+    )
+    threads.launch(_backward_kernel(width, scores.index_kind(index)), arguments)
+    scores.raise_bad_index(index, layer)
+    return from_tiles(d_x, len(x)).to(x.dtype), d_weight

@@ -6,8 +6,12 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import cfunc, from_dtype, njit, types
+
+from xmc_kernels._cpu.threads import FIRST_FIELDS
 
 
 @functools.cache
@@ -16,11 +20,28 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
-def compiled(function: Callable) -> Callable:
-    """`function` compiled at its first call, without Python's global lock and cached on disk.
+def _renamed(function: Callable) -> Callable:
+    """The function under a name of this version of the package.
 
     numba renews its cache only when the function's own file changes, but kernels inline helpers
-    of other files: the digest of all of them becomes part of the cached name.
+    of other files; the name is part of the cache's key.
     """
     function.__qualname__ += "_" + _digest()
-    return njit(cache=True, nogil=True, error_model="numpy")(function)
+    return function
+
+
+def compiled(function: Callable) -> Any:
+    """`function` compiled at its first call and cached on disk."""
+    return njit(cache=True, nogil=True, error_model="numpy")(_renamed(function))
+
+
+def kernel(arguments: np.dtype) -> Callable[[Callable], Any]:
+    """Compile a C function of one pointer to a record of `arguments`, for `threads.launch`."""
+    assert arguments.names is not None
+    assert arguments.names[: len(FIRST_FIELDS)] == FIRST_FIELDS
+    signature = types.void(types.CPointer(from_dtype(arguments)))
+
+    def decorate(function: Callable) -> Any:
+        return cfunc(signature, cache=True, error_model="numpy")(_renamed(function))
+
+    return decorate

@@ -1,46 +1,63 @@
-"""The score of one label for a tile of rows, and the layer it comes from."""
+"""The layer as kernels see it, and the score of one label for a tile of rows."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
 from torch import Tensor
 
-from xmc_kernels._cpu.tiles import flat
+from xmc_kernels._cpu.tiles import chunk_labels
 from xmc_kernels._cpu.vector import add, fill, fma, load, width_of
 
-
-class Layer(NamedTuple):
-    """Flat views: weight [L * F], indices [L/G * F], bias [L] or empty."""
-
-    weight: np.ndarray
-    indices: np.ndarray
-    bias: np.ndarray
-    num_labels: int
-    fan_in: int
-    group: int
+# Fields of every kernel's record, beside those of `threads.record_type`.
+ADDRESSES = "x weight index bias bad"
+INTEGERS = "num_tiles features fan_in group chunk"
 
 
-def make_layer(weight: Tensor, index: Tensor, bias: Tensor | None) -> Layer:
-    """Views of contiguous float32 tensors; index is copied where it is not contiguous."""
+def index_kind(index: Tensor) -> type:
+    """The numpy type of an index, which kernels are compiled for."""
+    return index.numpy().dtype.type
+
+
+def layer_fields(
+    tiles: np.ndarray, weight: Tensor, index: Tensor, bias: Tensor | None, num_shares: int
+) -> dict[str, Any]:
+    """ADDRESSES, INTEGERS and the first fields; keep the result, it may own copies."""
     num_labels, fan_in = weight.shape
-    indices = index.contiguous().view(-1).numpy()
-    return Layer(
-        flat(weight), indices, flat(bias), num_labels, fan_in, num_labels // index.shape[0]
-    )
+    num_tiles, features, _ = tiles.shape
+    return {
+        "num_shares": num_shares,
+        "num_labels": num_labels,
+        "x": tiles,
+        "weight": weight.contiguous(),
+        "index": index.contiguous(),
+        "bias": bias if bias is None else bias.contiguous(),
+        "bad": np.full(num_shares, -1),  # the first label of a share that was refused
+        "num_tiles": num_tiles,
+        "features": features,
+        "fan_in": fan_in,
+        "group": num_labels // index.shape[0],
+        "chunk": chunk_labels(fan_in, num_tiles),
+    }
 
 
-def raise_bad_index(index: Tensor, num_labels: int, features: int, bad: list[int]) -> None:
-    """Raise ValueError for the first label that a kernel refused; -1 stands for none."""
-    refused = [label for label in bad if label >= 0]
-    if refused:
-        values = index[refused[0] // (num_labels // index.shape[0])].long()
+def raise_bad_index(index: Tensor, fields: dict[str, Any]) -> None:
+    """Raise ValueError for the first label that a kernel refused."""
+    refused = fields["bad"][fields["bad"] >= 0]
+    if len(refused):
+        values = index[refused[0] // fields["group"]].long()
         raise ValueError(
-            f"expected index values in [0, {features}), label {refused[0]} has "
+            f"expected index values in [0, {fields['features']}), label {refused[0]} has "
             f"{int(values.min())} to {int(values.max())}"
         )
+
+
+@njit(forceinline=True)
+def share_range(a, share):
+    """The labels of a share: consecutive, sizes differ by at most one."""
+    return a.num_labels * share // a.num_shares, a.num_labels * (share + 1) // a.num_shares
 
 
 @njit(forceinline=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from xmc_kernels._cpu.jit import compiled
@@ -25,14 +26,19 @@ def chunk_labels(fan_in: int, num_tiles: int) -> int:
     return max(1, (4096 if num_tiles == 1 else 16384) // fan_in)
 
 
-def flat(tensor: Tensor | None) -> np.ndarray:
-    """A one-dimensional view of a contiguous float32 tensor; empty for None."""
-    if tensor is None:
-        return np.empty(0, np.float32)
-    return tensor.detach().view(-1).numpy()
+@njit(error_model="numpy")
+def lower_bound(values, low, high, wanted):
+    """The first position in sorted values[low:high] that is not below `wanted`."""
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
-@compiled
+@njit(error_model="numpy")
 def transpose(source, at, step, num_rows, num_columns, into, to, to_step):
     """`into[to + c * to_step + r] = source[at + r * step + c]`, of pointers."""
     whole_rows, whole_columns = num_rows // 16 * 16, num_columns // 16 * 16
@@ -45,42 +51,41 @@ def transpose(source, at, step, num_rows, num_columns, into, to, to_step):
 
 
 @compiled
-def _to_tiles(x, num_rows, features, width, tiles):
+def _to_tiles(x, tiles):
+    num_rows, features = x.shape
+    num_tiles, _, width = tiles.shape
     source, into = pointer(x), pointer(tiles)
-    for tile in range(tiles.size // (features * width)):
-        first = tile * width
-        count = min(width, num_rows - first)
-        transpose(
-            source, first * features, features, count, features, into, first * features, width
-        )
+    for tile in range(num_tiles):
+        at = tile * width * features
+        count = min(width, num_rows - tile * width)
+        transpose(source, at, features, count, features, into, at, width)
 
 
 @compiled
-def _from_tiles(shares, num_rows, features, width, out):
-    total = shares[0]
+def _from_tiles(shares, out):
+    _, num_tiles, features, width = shares.shape
+    num_rows = out.shape[0]
+    total = shares[0].reshape(-1)
     for share in range(1, shares.shape[0]):
-        total += shares[share]
+        total += shares[share].reshape(-1)
     source, into = pointer(total), pointer(out)
-    for first in range(0, num_rows, width):
-        count = min(width, num_rows - first)
-        transpose(
-            source, first * features, width, features, count, into, first * features, features
-        )
+    for tile in range(num_tiles):
+        at = tile * width * features
+        count = min(width, num_rows - tile * width)
+        transpose(source, at, width, features, count, into, at, features)
 
 
 def to_tiles(x: Tensor, width: int) -> np.ndarray:
-    """Cut x [B, D] into float32 [tiles, D * width], feature-major, zeros beyond row B."""
+    """Cut x [B, D] into float32 [tiles, D, width], feature-major, zeros beyond row B."""
     num_rows, features = x.shape
     num_tiles = max(1, -(-num_rows // width))
-    tiles = np.zeros((num_tiles, features * width), np.float32)
-    _to_tiles(flat(x.float().contiguous()), num_rows, features, width, tiles.reshape(-1))
+    tiles = np.zeros((num_tiles, features, width), np.float32)
+    _to_tiles(x.detach().float().contiguous().numpy(), tiles)
     return tiles
 
 
-def from_tiles(
-    shares: np.ndarray, num_rows: int, features: int, width: int, dtype: torch.dtype
-) -> Tensor:
-    """The sum of [shares, tiles * D * width], as [B, D]; overwrites the first share."""
-    out = np.empty((num_rows, features), np.float32)
-    _from_tiles(shares, num_rows, features, width, out.reshape(-1))
-    return torch.from_numpy(out).to(dtype)
+def from_tiles(shares: np.ndarray, num_rows: int) -> Tensor:
+    """The sum of [shares, tiles, D, width] over shares as [B, D]; overwrites the first share."""
+    out = torch.empty(num_rows, shares.shape[2])
+    _from_tiles(shares, out.numpy())
+    return out

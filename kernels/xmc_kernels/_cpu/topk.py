@@ -6,36 +6,31 @@ import functools
 
 import numpy as np
 import torch
+from numba import carray, njit
 from torch import Tensor
 
-from xmc_kernels._cpu import threads
-from xmc_kernels._cpu.jit import compiled
-from xmc_kernels._cpu.scores import label_score, make_layer, out_of_range, raise_bad_index
-from xmc_kernels._cpu.tiles import chunk_labels, tile_width, to_tiles
-from xmc_kernels._cpu.vector import fill, greater, load, pointer, splat, store
+from xmc_kernels._cpu import scores, threads
+from xmc_kernels._cpu.jit import kernel
+from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
+from xmc_kernels._cpu.tiles import lower_bound, tile_width, to_tiles
+from xmc_kernels._cpu.vector import at_address, fill, greater, load, next_share, splat, store
 from xmc_kernels._reference.topk import from_key, order_key
 
 _ZERO = np.float32(0)
+ARGUMENTS = threads.record_type(
+    addresses=f"{scores.ADDRESSES} indptr excluded thresholds scores labels",
+    integers=f"{scores.INTEGERS} num_rows k offset",
+)
 
 
-@compiled
-def contains(values, start, stop, wanted):
-    """Whether sorted values[start:stop] has `wanted`."""
-    low, high = start, stop
-    while low < high:
-        middle = (low + high) // 2
-        if values[middle] < wanted:
-            low = middle + 1
-        else:
-            high = middle
-    return low < stop and values[low] == wanted
+@njit(error_model="numpy")
+def insert(scores, labels, last, first, score, label):
+    """Put a score into lists [first, last] sorted by falling score, behind its equals.
 
-
-@compiled
-def insert(scores, labels, score, label):
-    """Put (score, label) into lists sorted by falling score, behind its equals; drops the last."""
-    at = scores.size - 1
-    while at > 0 and scores[at - 1] < score:
+    What was last drops out.
+    """
+    at = last
+    while at > first and scores[at - 1] < score:
         scores[at] = scores[at - 1]
         labels[at] = labels[at - 1]
         at -= 1
@@ -44,52 +39,59 @@ def insert(scores, labels, score, label):
 
 
 @functools.cache
-def _kernel(W):
-    @compiled
-    def topk_range(start, stop, chunk, layer, tiles, exclude, offset, thresholds, scores, labels):
-        """The best of labels start..stop into scores, labels [B, k]; a bad label or -1.
-
-        A score must be above its row's threshold; behind the thresholds is room for a tile.
-        Labels come in rising order, so a score has to be larger to push out an equal one.
-        """
-        fan_in, group, has_bias = layer.fan_in, layer.group, layer.bias.size > 0
-        weight, index, bias = pointer(layer.weight), pointer(layer.indices), pointer(layer.bias)
-        indptr, excluded = exclude
-        num_tiles, stride = tiles.shape
-        x, threshold = pointer(tiles), pointer(thresholds)
-        k = scores.shape[1]
+def _kernel(W, kind):
+    @kernel(ARGUMENTS)
+    def topk_shares(arguments):
+        a = carray(arguments, 1)[0]
+        fan_in, group, chunk, k = a.fan_in, a.group, a.chunk, a.k
+        num_tiles, features, offset = a.num_tiles, a.features, a.offset
+        weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
+        has_bias = a.bias != 0
+        index, x = at_address(kind, a.index), at_address(np.float32, a.x)
+        indptr, excluded = at_address(np.int64, a.indptr), at_address(np.int32, a.excluded)
+        bad = at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
-        scores[:] = -np.inf
-        labels[:] = -1
-        for c0 in range(start, stop, chunk):
-            c1 = min(c0 + chunk, stop)
-            for tile in range(num_tiles):
-                for label in range(c0, c1):
-                    row = (label // group) * fan_in
-                    if out_of_range(index, row, fan_in, stride // W):
-                        return label
-                    score = fill(zero, bias[label] if has_bias else _ZERO)
-                    score = label_score(
-                        score, x, tile * stride, weight, label * fan_in, index, row, fan_in
-                    )
-                    better = greater(score, load(zero, threshold, tile * W))
-                    if better == 0:
-                        continue
-                    store(threshold, num_tiles * W, score)
-                    for j in range(W):
-                        if (better >> np.uint64(j)) & np.uint64(1) == 0:
-                            continue
-                        i = tile * W + j
-                        value = threshold[num_tiles * W + j]
-                        if excluded.size > 0 and contains(
-                            excluded, indptr[i], indptr[i + 1], label + offset
-                        ):
-                            continue
-                        insert(scores[i], labels[i], value, label + offset)
-                        threshold[i] = scores[i, k - 1]
-        return -1
 
-    return topk_range
+        share = next_share(arguments)
+        while share < a.num_shares:
+            start, stop = share_range(a, share)
+            # A score must be above its row's threshold; behind those is room for a tile's scores.
+            room = num_tiles * W
+            threshold = at_address(np.float32, a.thresholds + share * 4 * (room + W))
+            best = at_address(np.float32, a.scores + share * 4 * a.num_rows * k)
+            labels = at_address(np.int64, a.labels + share * 8 * a.num_rows * k)
+            for c0 in range(start, stop, chunk):
+                c1 = min(c0 + chunk, stop)
+                for tile in range(num_tiles):
+                    for label in range(c0, c1):
+                        w, row = label * fan_in, (label // group) * fan_in
+                        if out_of_range(index, row, fan_in, features):
+                            if bad[share] < 0:
+                                bad[share] = label
+                            continue
+                        base = tile * features * W
+                        score = fill(zero, bias[label] if has_bias else _ZERO)
+                        score = label_score(score, x, base, weight, w, index, row, fan_in)
+                        better = greater(score, load(zero, threshold, tile * W))
+                        if better == 0:
+                            continue
+                        store(threshold, room, score)
+                        for j in range(W):
+                            if (better >> np.uint64(j)) & np.uint64(1) == 0:
+                                continue
+                            i = tile * W + j
+                            if a.indptr != 0:
+                                stop_at = indptr[i + 1]
+                                p = lower_bound(excluded, indptr[i], stop_at, label + offset)
+                                if p < stop_at and excluded[p] == label + offset:
+                                    continue
+                            # Labels rise: an equal score stays behind those that came before.
+                            value, last = threshold[room + j], (i + 1) * k - 1
+                            insert(best, labels, last, i * k, value, label + offset)
+                            threshold[i] = best[last]
+            share = next_share(arguments)
+
+    return topk_shares
 
 
 def fan_in_topk(
@@ -102,26 +104,30 @@ def fan_in_topk(
     label_offset: int,
 ) -> tuple[Tensor, Tensor]:  # [B, k] float32, [B, k] int64
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
-    num_rows, features = x.shape
-    num_labels, fan_in = weight.shape
-    width = tile_width(num_rows)
+    num_rows, width = len(x), tile_width(len(x))
     tiles = to_tiles(x, width)
-    layer = make_layer(weight.contiguous(), index, bias if bias is None else bias.contiguous())
-    shares = threads.shares(num_labels)
-    scores = np.empty((len(shares), num_rows, k), np.float32)
-    labels = np.empty((len(shares), num_rows, k), np.int64)
-    pairs = exclude or (torch.zeros(num_rows + 1).long(), torch.zeros(0).int())
-    filtered = (pairs[0].numpy(), pairs[1].numpy())
-    common = (chunk_labels(fan_in, len(tiles)), layer, tiles, filtered, label_offset)
-    thresholds = np.full((len(shares), (len(tiles) + 1) * width), np.inf, np.float32)
-    thresholds[:, :num_rows] = -np.inf  # padding never gets past its own
-    calls = [
-        (*share, *common, *own)
-        for share, own in zip(shares, zip(thresholds, scores, labels, strict=True), strict=True)
-    ]
-    bad = threads.run(_kernel(width), calls)
-    raise_bad_index(index, num_labels, features, bad)
-    return merge(torch.from_numpy(scores), torch.from_numpy(labels))
+    shares = threads.num_shares(len(weight))
+    layer = scores.layer_fields(tiles, weight, index, bias, shares)
+    best = torch.full((shares, num_rows, k), -torch.inf)
+    labels = torch.full((shares, num_rows, k), -1)
+    thresholds = np.full((shares, (len(tiles) + 1) * width), np.inf, np.float32)
+    thresholds[:, :num_rows] = -np.inf  # nothing is above that of padding
+    indptr, excluded = (t.contiguous() for t in exclude) if exclude else (None, None)
+    arguments = threads.record(
+        ARGUMENTS,
+        **layer,
+        indptr=indptr,
+        excluded=excluded,
+        thresholds=thresholds,
+        scores=best,
+        labels=labels,
+        num_rows=num_rows,
+        k=k,
+        offset=label_offset,
+    )
+    threads.launch(_kernel(width, scores.index_kind(index)), arguments)
+    scores.raise_bad_index(index, layer)
+    return merge(best, labels)
 
 
 def merge(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

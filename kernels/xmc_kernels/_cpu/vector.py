@@ -54,13 +54,38 @@ def _at(builder, pointer, offset, width=LANES):
 
 @intrinsic
 def pointer(typingctx, array):
-    """The address of a contiguous array's first number: indexed without wrap-around or reference
-    counting, either of which would cost a kernel's inner loop dearly. Keep the array alive.
+    """The address of a contiguous array's first number, which can be indexed like the array.
+
+    Without wrap-around and reference counting, either of which costs an inner loop dearly. Keep
+    the array alive.
     """
     signature = types.CPointer(array.dtype)(array)
 
     def codegen(context, builder, sig, args):
         return context.make_array(sig.args[0])(context, builder, args[0]).data
+
+    return signature, codegen
+
+
+@intrinsic
+def at_address(typingctx, kind, address):
+    """A pointer to numbers of a kind (np.float32, ...) from an address; 0 makes a null pointer."""
+    signature = types.CPointer(kind.instance_type)(kind, types.int64)
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[1], context.get_value_type(sig.return_type))
+
+    return signature, codegen
+
+
+@intrinsic
+def next_share(typingctx, arguments):
+    """The number of a share nobody else has: reads and raises the record's first field, at once."""
+    signature = types.int64(arguments)
+
+    def codegen(context, builder, sig, args):
+        counter = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return signature, codegen
 
