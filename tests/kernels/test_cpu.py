@@ -64,13 +64,17 @@ def test_bce_is_accurate_over_the_whole_range(target) -> None:
 
 
 def test_rows_are_summed_in_order() -> None:
-    @njit
-    def run(rows, out):
-        vector.store(vector.pointer(out), 0, vector.sum_rows(vector.pointer(rows)))
-
+    order = [f"vector.load(zero, source, {16 * row})" for row in range(16)]
+    scope = {"vector": vector, "np": np}
+    exec(  # a tuple of vectors has to be spelt out
+        "def run(rows, out):\n"
+        "    source, zero = vector.pointer(rows), vector.splat(16, np.float32(0))\n"
+        f"    vector.store(vector.pointer(out), 0, vector.sum_rows(({', '.join(order)})))\n",
+        scope,
+    )
     rows = np.random.default_rng(0).integers(-99, 99, (16, 16)).astype(np.float32)
     out = np.empty(16, np.float32)
-    run(rows, out)
+    njit(scope["run"])(rows, out)
     assert (out == rows.sum(1)).all()
 
 

@@ -42,14 +42,14 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 ARGUMENTS = threads.record_type(
     addresses=f"{scores.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
     "grad_weight grad_bias scratch d_x value",
-    integers=f"{scores.INTEGERS} num_keys loss apply rule",
+    integers=f"{scores.INTEGERS} scratch_bytes num_keys loss apply rule",
     floats=CONSTANTS,
 )
 
 
 def _scratch_size(width: int, chunk: int, fan_in: int) -> int:
-    """Floats of a share's own buffers: target [width], partial [256], grad, grad_bias."""
-    return width + 256 + chunk * fan_in + chunk
+    """Floats of a share's buffers, in cache lines: target, grad, grad_bias."""
+    return -(-(width + chunk * fan_in + chunk) // 16) * 16
 
 
 @functools.cache
@@ -71,12 +71,10 @@ def _kernel(W, kind):
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            # The gradient of a chunk's weights, sixteen sums in the making, and the tile's
-            # targets, which are all zeros between labels.
-            at = a.scratch + share * 4 * (W + 256 + chunk * fan_in + chunk)
-            target, partial = at_address(np.float32, at), at_address(np.float32, at + 4 * W)
-            grad = at_address(np.float32, at + 4 * (W + 256))
-            grad_bias = at_address(np.float32, at + 4 * (W + 256 + chunk * fan_in))
+            # The tile's targets, all zeros between labels, and the gradient of a chunk.
+            at = a.scratch + share * a.scratch_bytes
+            target, grad = at_address(np.float32, at), at_address(np.float32, at + 4 * W)
+            grad_bias = at_address(np.float32, at + 4 * (W + chunk * fan_in))
             d_x = at_address(np.float32, a.d_x + share * 4 * num_tiles * stride)
             value = 0.0
             for c0 in range(start, stop, chunk):
@@ -118,7 +116,7 @@ def _kernel(W, kind):
                             continue
                         label_gradient(
                             *(g, x, base, weight, w, index, row, fan_in),
-                            *(tile > 0, grad, r * fan_in, d_x, partial),
+                            *(tile > 0, grad, r * fan_in, d_x),
                         )
                     value += hsum(total)
                 apply_or_keep(
@@ -174,8 +172,8 @@ def classifier_step(
     keys, columns = _positives(indptr, indices, len(weight), width)
     shares = threads.num_shares(len(weight))
     layer = scores.layer_fields(tiles, weight, index, bias, shares)
-    scratch = np.zeros((shares, _scratch_size(width, layer["chunk"], layer["fan_in"])), np.float32)
-    d_x = np.zeros((shares, *tiles.shape), np.float32)
+    scratch = threads.zeros(shares, _scratch_size(width, layer["chunk"], layer["fan_in"]))
+    d_x = threads.zeros(shares, *tiles.shape)
     value = np.zeros(shares)
     arguments = threads.record(
         ARGUMENTS,
@@ -186,6 +184,7 @@ def classifier_step(
         keys=keys,
         columns=columns,
         scratch=scratch,
+        scratch_bytes=scratch.strides[0],
         d_x=d_x,
         value=value,
         num_keys=len(keys),

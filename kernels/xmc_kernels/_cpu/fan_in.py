@@ -22,7 +22,7 @@ FORWARD = threads.record_type(
     addresses=f"{scores.ADDRESSES} block out", integers=f"{scores.INTEGERS} num_rows"
 )
 BACKWARD = threads.record_type(
-    addresses=f"{scores.ADDRESSES} block partial grad d_weight d_x",
+    addresses=f"{scores.ADDRESSES} block grad d_weight d_x",
     integers=f"{scores.INTEGERS} num_rows",
 )
 
@@ -83,7 +83,6 @@ def _backward_kernel(W, kind):
         while share < a.num_shares:
             start, stop = share_range(a, share)
             block = at_address(np.float32, a.block + share * 4 * _BLOCK * W)
-            partial = at_address(np.float32, a.partial + share * 4 * 256)
             d_x = at_address(np.float32, a.d_x + share * 4 * num_tiles * features * W)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
@@ -103,7 +102,7 @@ def _backward_kernel(W, kind):
                             g = load(zero, block, (label - b0) * W)
                             label_gradient(
                                 *(g, x, tile * features * W, weight, w, index, row, fan_in),
-                                *(tile > 0, d_weight, w, d_x, partial),
+                                *(tile > 0, d_weight, w, d_x),
                             )
             share = next_share(arguments)
 
@@ -122,7 +121,7 @@ def fan_in_linear(
     layer = scores.layer_fields(to_tiles(x, width), weight, index, bias, shares)
     # numpy's large arrays come in huge pages, torch's in small ones that each cost a fault.
     out = np.empty((len(x), len(weight)), np.float32)
-    block = np.empty((shares, _BLOCK, width), np.float32)
+    block = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(FORWARD, **layer, block=block, out=out, num_rows=len(x))
     threads.launch(_forward_kernel(width, scores.index_kind(index)), arguments)
     scores.raise_bad_index(index, layer)
@@ -142,14 +141,12 @@ def fan_in_linear_backward(
     layer = scores.layer_fields(tiles, weight, index, None, shares)
     grad = grad.float().contiguous()
     d_weight = torch.empty(weight.shape)
-    d_x = np.zeros((shares, *tiles.shape), np.float32)
-    block = np.zeros((shares, _BLOCK, width), np.float32)
-    partial = np.zeros((shares, 256), np.float32)
+    d_x = threads.zeros(shares, *tiles.shape)
+    block = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(
         BACKWARD,
         **layer,
         block=block,
-        partial=partial,
         grad=grad,
         d_weight=d_weight,
         d_x=d_x,

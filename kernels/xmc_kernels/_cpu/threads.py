@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,18 @@ def record(kind: np.dtype, **values: Any) -> np.ndarray:
             value = value.ctypes.data
         out[name] = 0 if value is None else value
     return out
+
+
+def zeros(*shape: int) -> np.ndarray:
+    """Float32 zeros that start at a cache line.
+
+    numpy's start 16 bytes after one, where every load of 64 bytes takes two lines: that made the
+    training step 1.4 times slower.
+    """
+    size = math.prod(shape)
+    room = np.zeros(size + 16, np.float32)
+    first = -(room.ctypes.data // 4) % 16
+    return room[first : first + size].reshape(shape)
 
 
 def num_shares(num_labels: int, smallest: int = 256) -> int:

@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from xmc_kernels._cpu import threads
 from xmc_kernels._cpu.jit import compiled
 from xmc_kernels._cpu.vector import pointer, transpose_block
 
@@ -79,7 +80,7 @@ def to_tiles(x: Tensor, width: int) -> np.ndarray:
     """Cut x [B, D] into float32 [tiles, D, width], feature-major, zeros beyond row B."""
     num_rows, features = x.shape
     num_tiles = max(1, -(-num_rows // width))
-    tiles = np.zeros((num_tiles, features, width), np.float32)
+    tiles = threads.zeros(num_tiles, features, width)
     _to_tiles(x.detach().float().contiguous().numpy(), tiles)
     return tiles
 

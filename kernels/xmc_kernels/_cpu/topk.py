@@ -110,7 +110,8 @@ def fan_in_topk(
     layer = scores.layer_fields(tiles, weight, index, bias, shares)
     best = torch.full((shares, num_rows, k), -torch.inf)
     labels = torch.full((shares, num_rows, k), -1)
-    thresholds = np.full((shares, (len(tiles) + 1) * width), np.inf, np.float32)
+    thresholds = threads.zeros(shares, (len(tiles) + 1) * width)
+    thresholds[:] = np.inf
     thresholds[:, :num_rows] = -np.inf  # nothing is above that of padding
     indptr, excluded = (t.contiguous() for t in exclude) if exclude else (None, None)
     arguments = threads.record(

@@ -291,12 +291,11 @@ def _rows_in_lane_order():
 
 @intrinsic
 def sum_rows(typingctx, rows):
-    """The 16 row sums of 16 x 16 numbers behind a pointer, as one vector."""
-    signature = Vector(LANES)(FLOATS)
+    """The sum of each of 16 vectors of width 16, as one vector: one tree for all."""
+    signature = Vector(LANES)(rows)
 
     def codegen(context, builder, sig, args):
-        offsets = [ir.Constant(ir.IntType(64), row * LANES) for row in _rows_in_lane_order()]
-        rows = [builder.load(_at(builder, args[0], offset), align=4) for offset in offsets]
+        rows = [builder.extract_value(args[0], row) for row in _rows_in_lane_order()]
         for block in (8, 4, 2, 1):
             masks = [
                 ir.Constant(ir.VectorType(I32, LANES), lanes) for lanes in _interleaving(block)
