@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+# Triton reads this when it is first imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.uint16, torch.int32)
 
 
@@ -14,7 +14,9 @@ def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor |
     """Shapes, dtypes and devices of a layer's arguments; reads no values, so it can be traced."""
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in FLOATS:
-            raise TypeError(f"expected {name} of float32, bfloat16 or float64, got {tensor.dtype}")
+            raise TypeError(
+                f"expected {name} of float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"expected {name} on {x.device} like x, got {tensor.device}")
     if x.dim() != 2 or weight.dim() != 2:
@@ -58,6 +60,11 @@ def compiled_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the CPU kernels take these dtypes: x of float32 or bfloat16, all others float32."""
     wanted = all(t is None or t.dtype == torch.float32 for t in others)
     return wanted and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def compiled_on_cuda(*tensors: Tensor | None) -> bool:
+    """Whether the Triton kernels take these dtypes: anything but float64."""
+    return all(t is None or t.dtype != torch.float64 for t in tensors)
 
 
 def check_finite(x: Tensor) -> None:

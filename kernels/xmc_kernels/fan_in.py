@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._reference import fan_in as reference
-from xmc_kernels.checks import check_fan_in, compiled_on_cpu
+from xmc_kernels.checks import check_fan_in, compiled_on_cpu, compiled_on_cuda
 
 
 def fan_in_linear(
@@ -19,7 +19,8 @@ def fan_in_linear(
 
     G = L / index.shape[0] labels share an index row. Accumulates in float32 (float64 where an
     argument is float64). Differentiable once, in x, weight and bias. On the CPU, float32 weights
-    run compiled; other dtypes and devices run the plain torch definition.
+    run compiled; on CUDA, all but float64; others run the plain torch definition. The gradient of
+    x on CUDA is summed in no fixed order unless `torch.use_deterministic_algorithms(True)`.
 
     Raises ValueError or TypeError on shapes, dtypes and devices that do not fit together. The
     values of index are trusted: see `checks.validate_index`.
@@ -42,6 +43,15 @@ def _(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
     return cpu.fan_in_linear(x, weight, index, bias)
 
 
+@_fan_in_linear.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    if not compiled_on_cuda(x, weight, bias):
+        return reference.fan_in_linear(x, weight, index, bias)
+    from xmc_kernels._triton import fan_in as triton
+
+    return triton.fan_in_linear(x, weight, index, bias)
+
+
 @_fan_in_linear.register_fake
 def _(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
@@ -61,6 +71,15 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, T
     from xmc_kernels._cpu import fan_in as cpu
 
     return cpu.fan_in_linear_backward(grad, x, weight, index)
+
+
+@_fan_in_linear_backward.register_kernel("cuda")
+def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    if not compiled_on_cuda(x, weight):
+        return reference.fan_in_linear_backward(grad, x, weight, index)
+    from xmc_kernels._triton import fan_in as triton
+
+    return triton.fan_in_linear_backward(grad, x, weight, index)
 
 
 @_fan_in_linear_backward.register_fake

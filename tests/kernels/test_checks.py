@@ -24,7 +24,7 @@ def layer(**changes):
     ("changes", "error", "message"),
     [
         ({"x": torch.ones(2, 8).int()}, TypeError, "expected x of float32, .* got torch.int32"),
-        ({"bias": torch.ones(6).half()}, TypeError, "expected bias of .* got torch.float16"),
+        ({"bias": torch.ones(6).int()}, TypeError, "expected bias of .* got torch.int32"),
         ({"x": torch.ones(8)}, ValueError, r"expected x \[B, D\] .* got \[8\] and \[6, 3\]"),
         (
             {"weight": torch.ones(0, 3)},

@@ -1,0 +1,349 @@
+"""The fused training step, unit by unit: one label, or a group that shares an index row.
+
+A program walks over some units. For each it gathers the unit's F rows of x_t, computes scores,
+the gradient of the loss, adds to d_x, and updates weights and bias in place; [B, L] scores and an
+[L, F] gradient never exist. Where the whole batch fits one tile and F fits one block, the gathered
+rows stay in registers for all three products. A wider batch goes tile by tile and keeps the unit's
+weight gradient in a buffer of the program's own until the last tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmc_kernels._triton.fan_in import input_gradient_buffer
+from xmc_kernels._triton.launch import Launch, batch_major, cdiv, dot_settings, feature_major
+from xmc_kernels._triton.losses import loss_and_gradient
+from xmc_kernels._triton.positives import Positives, sort_by_label
+from xmc_kernels._triton.products import (
+    input_gradient,
+    load_inputs,
+    load_weight,
+    scatter_add,
+    scores,
+    weight_gradient,
+)
+from xmc_kernels._triton.tiles import num_units, strategy, unit_tiles
+from xmc_kernels._triton.update import apply, constants, keys
+from xmc_kernels.update import ClassifierState, UpdateRule
+
+_MAX_PROGRAMS = 1024
+"""Programs where each needs a buffer for its unit's weight gradient."""
+
+
+@triton.jit
+def _classifier_step_kernel(
+    x_t_ptr,  # [D, width]
+    weight_ptr,  # [L, F]
+    index_ptr,  # [L/G, F]
+    bias_ptr,  # [L] or None
+    positive_label_ptr,  # [nnz + 1] int32 rising, L at the end
+    positive_row_ptr,  # [nnz + 1] int32
+    first_positive_ptr,  # [programs] int64
+    d_x_t_ptr,  # [D, width], or [programs, D, width] where deterministic
+    loss_ptr,  # [programs]
+    weight_m_ptr,
+    weight_v_ptr,
+    weight_kept_ptr,
+    bias_m_ptr,
+    bias_v_ptr,
+    bias_kept_ptr,
+    unit_grad_ptr,  # [programs, BLOCK_G, F], unused for one tile
+    num_rows,
+    features,
+    width,
+    fan_in,
+    group,
+    units,
+    walk,
+    grad_scale,
+    decay,
+    lr,
+    momentum,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    mean_scale,
+    root_scale,
+    weight_key,
+    bias_key,
+    BLOCK_G: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # F <= BLOCK_F
+    ONE_TILE: tl.constexpr,  # width == BLOCK_B
+    DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+    LOSS: tl.constexpr,
+    RULE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if DETERMINISTIC:
+        d_x_t_ptr += program.to(tl.int64) * features * width
+    unit_grad_ptr += program.to(tl.int64) * BLOCK_G * fan_in
+    averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    scales = (eps, mean_scale, root_scale)
+    weight_memory = (weight_m_ptr, weight_v_ptr, weight_kept_ptr)
+    bias_memory = (bias_m_ptr, bias_v_ptr, bias_kept_ptr)
+    parts = (group + BLOCK_G - 1) // BLOCK_G
+    columns_of_bias = tl.zeros((BLOCK_G,), tl.int32)
+    position = tl.load(first_positive_ptr + program)
+    total = tl.zeros((BLOCK_B,), tl.float32)
+
+    for unit in range(program * walk, min((program + 1) * walk, units)):
+        offs_g = unit % parts * BLOCK_G + tl.arange(0, BLOCK_G)
+        mask_g = offs_g < group
+        row = (unit // parts).to(tl.int64)
+        label = unit // parts * group + offs_g
+        stop = unit // parts * group + min((unit % parts + 1) * BLOCK_G, group)
+        bias = tl.zeros((BLOCK_G,), tl.float32)
+        if bias_ptr is not None:
+            bias += tl.load(bias_ptr + label, mask=mask_g, other=0.0).to(tl.float32)
+        d_bias = tl.zeros((BLOCK_G,), tl.float32)
+        first = position
+
+        for start_b in range(0, width, BLOCK_B):
+            offs_b = start_b + tl.arange(0, BLOCK_B)
+            score = tl.zeros((BLOCK_G, BLOCK_B), tl.float32) + bias[:, None]
+            if ONE_BLOCK:
+                rows, mask_x, x = load_inputs(
+                    x_t_ptr, index_ptr, row, 0, width, offs_b, fan_in, BLOCK_F
+                )
+                at, mask_w, weight = load_weight(weight_ptr, label, mask_g, 0, fan_in, BLOCK_F)
+                score += scores(weight, x, DOT_DTYPE, PRECISION)
+            else:
+                for start in range(0, fan_in, BLOCK_F):
+                    _, _, x = load_inputs(
+                        x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                    )
+                    _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+                    score += scores(weight, x, DOT_DTYPE, PRECISION)
+
+            # Most labels have no positive in a batch: one number tells.
+            target = tl.zeros((BLOCK_G, BLOCK_B), tl.float32)
+            position = first
+            positive = tl.load(positive_label_ptr + position)
+            while positive < stop:
+                here = offs_b == tl.load(positive_row_ptr + position)
+                target = tl.where((label == positive)[:, None] & here[None, :], 1.0, target)
+                position += 1
+                positive = tl.load(positive_label_ptr + position)
+
+            value, grad = loss_and_gradient(score, target, LOSS)
+            counts = mask_g[:, None] & (offs_b < num_rows)[None, :]
+            total += tl.sum(tl.where(counts, value, 0.0), axis=0)
+            grad = tl.where(counts, grad * grad_scale, 0.0)
+            d_bias += tl.sum(grad, axis=1)
+
+            for start in range(0, fan_in, BLOCK_F):
+                if not ONE_BLOCK:
+                    rows, mask_x, x = load_inputs(
+                        x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                    )
+                    at, mask_w, weight = load_weight(
+                        weight_ptr, label, mask_g, start, fan_in, BLOCK_F
+                    )
+                d_x = input_gradient(grad, weight, DOT_DTYPE, PRECISION)
+                scatter_add(d_x_t_ptr, rows, offs_b, mask_x, d_x, DETERMINISTIC)
+                d_weight = weight_gradient(grad, x, DOT_DTYPE, PRECISION)
+                offs_f = start + tl.arange(0, BLOCK_F)
+                if ONE_TILE:
+                    apply(
+                        weight,
+                        weight_ptr,
+                        weight_memory,
+                        at,
+                        mask_w,
+                        d_weight,
+                        label[:, None],
+                        offs_f[None, :],
+                        weight_key,
+                        decay,
+                        lr,
+                        averages,
+                        scales,
+                        RULE,
+                        UPDATE,
+                    )
+                else:
+                    local = tl.arange(0, BLOCK_G)[:, None] * fan_in + offs_f[None, :]
+                    tl.debug_barrier()
+                    if start_b > 0:
+                        d_weight += tl.load(unit_grad_ptr + local, mask=mask_w, other=0.0)
+                    tl.store(unit_grad_ptr + local, d_weight, mask=mask_w)
+
+        if not ONE_TILE:
+            tl.debug_barrier()
+            for start in range(0, fan_in, BLOCK_F):
+                offs_f = start + tl.arange(0, BLOCK_F)
+                at, mask_w, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+                local = tl.arange(0, BLOCK_G)[:, None] * fan_in + offs_f[None, :]
+                d_weight = tl.load(unit_grad_ptr + local, mask=mask_w, other=0.0)
+                apply(
+                    weight,
+                    weight_ptr,
+                    weight_memory,
+                    at,
+                    mask_w,
+                    d_weight,
+                    label[:, None],
+                    offs_f[None, :],
+                    weight_key,
+                    decay,
+                    lr,
+                    averages,
+                    scales,
+                    RULE,
+                    UPDATE,
+                )
+            tl.debug_barrier()
+        if bias_ptr is not None:
+            apply(
+                bias,
+                bias_ptr,
+                bias_memory,
+                label,
+                mask_g,
+                d_bias,
+                label,
+                columns_of_bias,
+                bias_key,
+                0.0,
+                lr,
+                averages,
+                scales,
+                RULE,
+                UPDATE,
+            )
+    tl.store(loss_ptr + program, tl.sum(total) * grad_scale)
+
+
+def step_launch(
+    x_t: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    positives: Positives,
+    d_x_t: Tensor,
+    state: ClassifierState,
+    loss: str,
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    seed: int,
+    grad_scale: float,
+    update: bool,
+    num_rows: int,
+) -> tuple[Launch, Tensor]:
+    """The step over the whole layer, and the programs' parts of the loss."""
+    num_labels, fan_in = weight.shape
+    features, width = x_t.shape
+    group = num_labels // index.shape[0]
+    tiles = unit_tiles(num_rows, weight, index, x_t.dtype, fused=True)
+    units = num_units(num_labels, group, tiles.block_g)
+    one_tile = width == tiles.block_b
+    walk = tiles.walk if one_tile else max(tiles.walk, cdiv(units, _MAX_PROGRAMS))
+    deterministic = d_x_t.dim() == 3
+    if deterministic:
+        walk = cdiv(units, len(d_x_t))
+    programs = cdiv(units, walk)
+    parts = cdiv(group, tiles.block_g)
+    empty = torch.float32
+    buffers = (1, 1, 1) if one_tile else (programs, tiles.block_g, fan_in)
+    loss_parts = torch.empty(programs, dtype=empty, device=x_t.device)
+    starts = torch.arange(programs, device=x_t.device) * walk
+    arguments = {
+        "x_t_ptr": x_t,
+        "weight_ptr": weight,
+        "index_ptr": index,
+        "bias_ptr": bias,
+        "positive_label_ptr": positives.labels,
+        "positive_row_ptr": positives.rows,
+        "first_positive_ptr": positives.first(
+            starts // parts * group + starts % parts * tiles.block_g
+        ),
+        "d_x_t_ptr": d_x_t,
+        "loss_ptr": loss_parts,
+        "weight_m_ptr": state.weight_m,
+        "weight_v_ptr": state.weight_v,
+        "weight_kept_ptr": state.grad_weight,
+        "bias_m_ptr": state.bias_m,
+        "bias_v_ptr": state.bias_v,
+        "bias_kept_ptr": state.grad_bias,
+        "unit_grad_ptr": torch.empty(buffers, dtype=empty, device=x_t.device),
+        "num_rows": num_rows,
+        "features": features,
+        "width": width,
+        "fan_in": fan_in,
+        "group": group,
+        "units": units,
+        "walk": walk,
+        "grad_scale": float(grad_scale),
+        "decay": float(rule.weight_decay),
+        **constants(rule, lr, step),
+        **keys(seed, step),
+    }
+    values = {
+        "BLOCK_G": tiles.block_g,
+        "BLOCK_F": tiles.block_f,
+        "BLOCK_B": tiles.block_b,
+        "ONE_BLOCK": fan_in <= tiles.block_f,
+        "ONE_TILE": one_tile,
+        **dot_settings(x_t, weight),
+        "DETERMINISTIC": deterministic,
+        "LOSS": loss,
+        "RULE": rule.kind,
+        "UPDATE": update,
+    }
+    launch = Launch(_classifier_step_kernel, programs, arguments, values, tiles.num_warps)
+    return launch, loss_parts
+
+
+def classifier_step(
+    x: Tensor,  # [B, D] float32, bfloat16 or float16
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,  # [L/G, F]
+    bias: Tensor | None,  # [L]
+    indptr: Tensor,  # [B+1]
+    indices: Tensor,  # [nnz]
+    state: ClassifierState,
+    loss: str,
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    grad_scale: float,
+    update: bool,
+    seed: int = 0,
+    *,
+    deterministic: bool | None = None,
+    by: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [], [B, D]
+    """Loss and d_x; weights are updated in place, or their gradient is added to the state's.
+
+    `deterministic` is torch's setting and `by` the strategy of `tiles.py` unless given.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    positives = sort_by_label(indptr, indices, weight.shape[0])
+    numbers = (loss, rule, lr, step, seed, grad_scale, update)
+    if index is None or (by or strategy(x, weight, index, deterministic)) == "densify":
+        from xmc_kernels._triton import densify
+
+        return densify.classifier_step(x, weight, index, bias, positives, state, *numbers)
+    tiles = unit_tiles(x.shape[0], weight, index, x.dtype, fused=True)
+    units = num_units(weight.shape[0], weight.shape[0] // index.shape[0], tiles.block_g)
+    x_t = feature_major(x, tiles.block_b)
+    d_x_t = input_gradient_buffer(x_t, units, deterministic)
+    launch, loss_parts = step_launch(
+        x_t, weight, index, bias, positives, d_x_t, state, *numbers, x.shape[0]
+    )
+    launch.run()
+    value = loss_parts.sum(dtype=torch.float64).to(torch.float32)
+    return value, batch_major(d_x_t, x.shape[0], x.dtype)

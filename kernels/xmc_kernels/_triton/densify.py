@@ -1,0 +1,299 @@
+"""The training step by torch's matrix products, on one dense block of labels after another.
+
+For one label per index row on matrix units: a block of labels is scattered into a dense [C, D]
+scratch, and scores, d_x and the dense weight gradient are library products; small kernels turn
+scores into gradients and update the weights that exist. Also the step of a dense layer, which
+needs no scratch for its weights. [B, L] never exists; the blocks hold `tiles.SCRATCH_BYTES`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmc_kernels._triton.launch import Launch, cdiv
+from xmc_kernels._triton.losses import loss_and_gradient
+from xmc_kernels._triton.positives import Positives
+from xmc_kernels._triton.tiles import dense_labels
+from xmc_kernels._triton.update import apply, constants, keys
+from xmc_kernels.update import ClassifierState, UpdateRule
+
+_BLOCK = 1024
+_BLOCK_C = 64
+_BLOCK_B = 32
+
+
+@triton.jit
+def _scatter_kernel(
+    weight_ptr,  # [C, F]
+    index_ptr,  # [L/G, F]
+    dense_ptr,  # [C, D], zeros
+    start,
+    size,  # C * F
+    features,
+    fan_in,
+    group,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    label, slot = offs // fan_in, offs % fan_in
+    at_index = ((start + label) // group).to(tl.int64) * fan_in + slot
+    column = tl.load(index_ptr + at_index, mask=mask, other=0).to(tl.int64)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dense_ptr + label.to(tl.int64) * features + column, weight, mask=mask)
+
+
+@triton.jit
+def _gradient_kernel(
+    scores_ptr,  # [B, C]
+    bias_ptr,  # [C] or None
+    target_ptr,  # [B, C] uint8
+    grad_ptr,  # [B, C]
+    d_bias_ptr,  # [C]
+    loss_ptr,  # [programs]
+    num_rows,
+    num_labels,  # C
+    grad_scale,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LOSS: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_labels
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    d_bias = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, num_rows, BLOCK_B):
+        offs_b = first + tl.arange(0, BLOCK_B)
+        offs = offs_b.to(tl.int64)[:, None] * num_labels + offs_c[None, :]
+        mask = (offs_b < num_rows)[:, None] & mask_c[None, :]
+        score = tl.load(scores_ptr + offs, mask=mask, other=0.0) + bias[None, :]
+        target = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.float32)
+        value, grad = loss_and_gradient(score, target, LOSS)
+        grad = tl.where(mask, grad * grad_scale, 0.0)
+        tl.store(grad_ptr + offs, grad, mask=mask)
+        d_bias += tl.sum(grad, axis=0)
+        total += tl.sum(tl.where(mask, value, 0.0), axis=0)
+    tl.store(d_bias_ptr + offs_c, d_bias, mask=mask_c)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(total) * grad_scale)
+
+
+@triton.jit
+def _update_kernel(
+    d_dense_ptr,  # [C, D]
+    index_ptr,  # [L/G, F], or None: entry k is column k
+    param_ptr,  # [C, F]
+    m_ptr,
+    v_ptr,
+    kept_ptr,
+    start,
+    size,  # C * F
+    features,
+    fan_in,
+    group,
+    key,
+    decay,
+    lr,
+    momentum,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    mean_scale,
+    root_scale,
+    BLOCK: tl.constexpr,
+    RULE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    label, slot = offs // fan_in, offs % fan_in
+    column = slot.to(tl.int64)
+    if index_ptr is not None:
+        at_index = ((start + label) // group).to(tl.int64) * fan_in + slot
+        column = tl.load(index_ptr + at_index, mask=mask, other=0).to(tl.int64)
+    at = label.to(tl.int64) * features + column
+    grad = tl.load(d_dense_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    param = tl.load(param_ptr + offs, mask=mask, other=0.0)
+    averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    scales = (eps, mean_scale, root_scale)
+    memory = (m_ptr, v_ptr, kept_ptr)
+    apply(
+        param,
+        param_ptr,
+        memory,
+        offs,
+        mask,
+        grad,
+        start + label,
+        slot,
+        key,
+        decay,
+        lr,
+        averages,
+        scales,
+        RULE,
+        UPDATE,
+    )
+
+
+def scatter_launch(weight: Tensor, index: Tensor, start: int, group: int, dense: Tensor) -> Launch:
+    """Labels from `start` on, weight [C, F], into zeros [C, D]."""
+    arguments = {
+        "weight_ptr": weight,
+        "index_ptr": index,
+        "dense_ptr": dense,
+        "start": start,
+        "size": weight.numel(),
+        "features": dense.shape[1],
+        "fan_in": weight.shape[1],
+        "group": group,
+    }
+    return Launch(_scatter_kernel, cdiv(weight.numel(), _BLOCK), arguments, {"BLOCK": _BLOCK})
+
+
+def gradient_launch(
+    scores: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    grad: Tensor,
+    d_bias: Tensor,
+    loss_parts: Tensor,
+    loss: str,
+    grad_scale: float,
+) -> Launch:
+    """Loss gradient of a block [B, C], its sum over rows and the programs' parts of the loss."""
+    arguments = {
+        "scores_ptr": scores,
+        "bias_ptr": bias,
+        "target_ptr": target,
+        "grad_ptr": grad,
+        "d_bias_ptr": d_bias,
+        "loss_ptr": loss_parts,
+        "num_rows": scores.shape[0],
+        "num_labels": scores.shape[1],
+        "grad_scale": float(grad_scale),
+    }
+    values = {"BLOCK_B": _BLOCK_B, "BLOCK_C": _BLOCK_C, "LOSS": loss}
+    return Launch(_gradient_kernel, cdiv(scores.shape[1], _BLOCK_C), arguments, values)
+
+
+def update_launch(
+    d_dense: Tensor,  # [C, D]
+    index: Tensor | None,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],  # param, m, v, kept [C, F]
+    start: int,
+    group: int,
+    rule: UpdateRule,
+    numbers: dict[str, float],
+    key: int,
+    decay: float,
+    update: bool,
+) -> Launch:
+    """Parameters of labels from `start` on by the entries of their dense gradient."""
+    param, m, v, kept = tensors
+    arguments = {
+        "d_dense_ptr": d_dense,
+        "index_ptr": index,
+        "param_ptr": param,
+        "m_ptr": m,
+        "v_ptr": v,
+        "kept_ptr": kept,
+        "start": start,
+        "size": param.numel(),
+        "features": d_dense.shape[1],
+        "fan_in": param.numel() // len(param),
+        "group": group,
+        "key": key,
+        "decay": float(decay),
+        **numbers,
+    }
+    values = {"BLOCK": _BLOCK, "RULE": rule.kind, "UPDATE": update}
+    return Launch(_update_kernel, cdiv(param.numel(), _BLOCK), arguments, values)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32; bfloat16 operands are accumulated and returned in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def dense_block(
+    weight: Tensor, index: Tensor | None, start: int, group: int, features: int, dtype: torch.dtype
+) -> Tensor:
+    """Labels from `start` on, weight [C, F], as a dense [C, D] block."""
+    if index is None:
+        return weight.to(dtype)
+    dense = torch.zeros(len(weight), features, dtype=dtype, device=weight.device)
+    scatter_launch(weight, index, start, group, dense).run()
+    return dense
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """bfloat16 where both are and a GPU multiplies them, float32 otherwise."""
+    both = x.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if both and x.is_cuda else torch.float32
+
+
+def classifier_step(
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F], or [L, D] where index is None
+    index: Tensor | None,
+    bias: Tensor | None,
+    positives: Positives,
+    state: ClassifierState,
+    loss: str,
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    seed: int,
+    grad_scale: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:  # [], [B, D]
+    """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
+    num_labels = len(weight)
+    group = 1 if index is None else num_labels // len(index)
+    dtype = product_dtype(x, weight)
+    wide = x.to(dtype)
+    width = dense_labels(x, num_labels)
+    starts = torch.arange(0, num_labels, width, device=x.device)
+    ends = [*positives.first(starts).tolist(), len(positives.labels) - 1]
+    numbers, key = constants(rule, lr, step), keys(seed, step)
+    d_x = torch.zeros(x.shape, device=x.device)
+    parts = []
+    for number, start in enumerate(range(0, num_labels, width)):
+        stop = min(start + width, num_labels)
+
+        def part(tensor: Tensor | None, first: int = start, last: int = stop) -> Tensor | None:
+            return None if tensor is None else tensor[first:last]
+
+        block = weight[start:stop]
+        dense = dense_block(block, index, start, group, x.shape[1], dtype)
+        target = torch.zeros(len(x), stop - start, dtype=torch.uint8, device=x.device)
+        pairs = slice(ends[number], ends[number + 1])
+        target[positives.rows[pairs].long(), positives.labels[pairs].long() - start] = 1
+        scores = product(wide, dense.T)
+        grad = torch.empty_like(scores, dtype=dtype)
+        d_bias = scores.new_empty(stop - start, 1)
+        parts.append(scores.new_empty(cdiv(stop - start, _BLOCK_C)))
+        gradient_launch(scores, part(bias), target, grad, d_bias, parts[-1], loss, grad_scale).run()
+        d_x += product(grad, dense)
+        d_dense = product(grad.T, wide)
+        memory = (part(state.weight_m), part(state.weight_v), part(state.grad_weight))
+        common = (start, group, rule, numbers)
+        update_launch(
+            *(d_dense, index, (block, *memory), *common),
+            *(key["weight_key"], rule.weight_decay, update),
+        ).run()
+        if bias is not None:
+            memory = (part(state.bias_m), part(state.bias_v), part(state.grad_bias))
+            tensors = (bias[start:stop], *memory)
+            update_launch(d_bias, None, tensors, *common, key["bias_key"], 0.0, update).run()
+    return torch.cat(parts).sum(dtype=torch.float64).float(), d_x.to(x.dtype)

@@ -1,0 +1,288 @@
+"""Fixed fan-in linear layer, forward and backward, on feature-major activations x_t [D, width].
+
+Forward: one label per index row goes block of labels by block of labels, one fan-in slot at a
+time; labels that share an index row gather F rows of x_t once and use tensor cores. Backward goes
+unit by unit (`products.py`) and scatters d_x by atomics, or into private buffers added up in a
+fixed order under `torch.use_deterministic_algorithms(True)`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmc_kernels._triton.launch import (
+    Launch,
+    batch_major,
+    cdiv,
+    dot_settings,
+    feature_major,
+    power_of_2,
+)
+from xmc_kernels._triton.products import (
+    input_gradient,
+    load_inputs,
+    load_weight,
+    scatter_add,
+    scores,
+    weight_gradient,
+)
+from xmc_kernels._triton.tiles import deterministic_programs, num_units, unit_tiles
+
+
+@triton.jit
+def _fan_in_fwd_kernel(
+    x_t_ptr,  # [D, width]
+    weight_ptr,  # [L, F]
+    index_ptr,  # [L/G, F]
+    bias_ptr,  # [L]
+    out_ptr,  # [B, stride_ob]
+    num_rows,
+    width,
+    num_labels,
+    fan_in,
+    group,
+    stride_ob,
+    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    num_tiles = width // BLOCK_B
+    offs_l = tl.program_id(0) // num_tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    offs_b = tl.program_id(0) % num_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_l = offs_l < num_labels
+    at_weight = offs_l.to(tl.int64) * fan_in
+    at_index = (offs_l // group).to(tl.int64) * fan_in
+    total = tl.zeros((BLOCK_L, BLOCK_B), tl.float32)
+    for start in range(0, fan_in, UNROLL):
+        for step in tl.static_range(UNROLL):
+            k = start + step
+            mask = mask_l & (k < fan_in)
+            weight = tl.load(weight_ptr + at_weight + k, mask=mask, other=0.0).to(tl.float32)
+            row = tl.load(index_ptr + at_index + k, mask=mask, other=0).to(tl.int64) * width
+            x = tl.load(x_t_ptr + row[:, None] + offs_b[None, :], mask=mask[:, None], other=0.0)
+            total += weight[:, None] * x.to(tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + offs_b.to(tl.int64)[None, :] * stride_ob + offs_l[:, None]
+    tl.store(out, total, mask=mask_l[:, None] & (offs_b < num_rows)[None, :])
+
+
+@triton.jit
+def _fan_in_shared_fwd_kernel(
+    x_t_ptr,  # [D, width]
+    weight_ptr,  # [L, F]
+    index_ptr,  # [L/G, F]
+    bias_ptr,  # [L]
+    out_ptr,  # [B, stride_ob]
+    num_rows,
+    width,
+    num_labels,
+    fan_in,
+    group,
+    stride_ob,
+    BLOCK_G: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_tiles = width // BLOCK_B
+    unit = tl.program_id(0) // num_tiles
+    offs_b = tl.program_id(0) % num_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    parts = (group + BLOCK_G - 1) // BLOCK_G
+    offs_g = unit % parts * BLOCK_G + tl.arange(0, BLOCK_G)
+    mask_g = offs_g < group
+    row = (unit // parts).to(tl.int64)
+    label = unit // parts * group + offs_g
+    total = tl.zeros((BLOCK_G, BLOCK_B), tl.float32)
+    for start in range(0, fan_in, BLOCK_F):
+        _, _, x = load_inputs(x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F)
+        _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+        total += scores(weight, x, DOT_DTYPE, PRECISION)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + label, mask=mask_g, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + offs_b.to(tl.int64)[None, :] * stride_ob + label[:, None]
+    tl.store(out, total, mask=mask_g[:, None] & (offs_b < num_rows)[None, :])
+
+
+@triton.jit
+def _fan_in_bwd_kernel(
+    grad_ptr,  # [B, stride_gb]
+    x_t_ptr,  # [D, width]
+    weight_ptr,  # [L, F]
+    index_ptr,  # [L/G, F]
+    d_x_t_ptr,  # [D, width], or [programs, D, width] where deterministic
+    d_weight_ptr,  # [L, F]
+    num_rows,
+    features,
+    width,
+    fan_in,
+    group,
+    units,
+    walk,
+    stride_gb,
+    BLOCK_G: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if DETERMINISTIC:
+        d_x_t_ptr += program.to(tl.int64) * features * width
+    parts = (group + BLOCK_G - 1) // BLOCK_G
+    for unit in range(program * walk, min((program + 1) * walk, units)):
+        offs_g = unit % parts * BLOCK_G + tl.arange(0, BLOCK_G)
+        mask_g = offs_g < group
+        row = (unit // parts).to(tl.int64)
+        label = unit // parts * group + offs_g
+        for start in range(0, fan_in, BLOCK_F):
+            at, mask_w, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+            d_weight = tl.zeros((BLOCK_G, BLOCK_F), tl.float32)
+            for first in range(0, width, BLOCK_B):
+                offs_b = first + tl.arange(0, BLOCK_B)
+                rows, mask_x, x = load_inputs(
+                    x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                )
+                at_grad = offs_b.to(tl.int64)[None, :] * stride_gb + label[:, None]
+                mask = mask_g[:, None] & (offs_b < num_rows)[None, :]
+                grad = tl.load(grad_ptr + at_grad, mask=mask, other=0.0).to(tl.float32)
+                d_weight += weight_gradient(grad, x, DOT_DTYPE, PRECISION)
+                d_x = input_gradient(grad, weight, DOT_DTYPE, PRECISION)
+                scatter_add(d_x_t_ptr, rows, offs_b, mask_x, d_x, DETERMINISTIC)
+            tl.store(d_weight_ptr + at, d_weight, mask=mask_w)
+
+
+def forward_launch(
+    x_t: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, out: Tensor, num_rows: int
+) -> Launch:
+    """Scores of all labels into out [B, L] (rows may be strided)."""
+    num_labels, fan_in = weight.shape
+    group = num_labels // index.shape[0]
+    tiles = unit_tiles(num_rows, weight, index, x_t.dtype)
+    num_tiles = x_t.shape[1] // tiles.block_b
+    arguments = {
+        "x_t_ptr": x_t,
+        "weight_ptr": weight,
+        "index_ptr": index,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "num_rows": num_rows,
+        "width": x_t.shape[1],
+        "num_labels": num_labels,
+        "fan_in": fan_in,
+        "group": group,
+        "stride_ob": out.stride(0),
+    }
+    if group < 8:
+        block_l = min(32, power_of_2(num_labels))
+        constants = {"BLOCK_L": block_l, "BLOCK_B": tiles.block_b, "UNROLL": 4}
+        grid = cdiv(num_labels, block_l) * num_tiles
+        return Launch(_fan_in_fwd_kernel, grid, arguments, constants)
+    constants = {
+        "BLOCK_G": tiles.block_g,
+        "BLOCK_F": tiles.block_f,
+        "BLOCK_B": tiles.block_b,
+        **dot_settings(x_t, weight),
+    }
+    grid = num_units(num_labels, group, tiles.block_g) * num_tiles
+    return Launch(_fan_in_shared_fwd_kernel, grid, arguments, constants, tiles.num_warps)
+
+
+def backward_launch(
+    grad: Tensor,
+    x_t: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    d_x_t: Tensor,
+    d_weight: Tensor,
+    num_rows: int,
+) -> Launch:
+    """d_weight written, d_x_t [parts, D, width] added to; parts > 1 or 0 mean deterministic."""
+    num_labels, fan_in = weight.shape
+    group = num_labels // index.shape[0]
+    tiles = unit_tiles(num_rows, weight, index, x_t.dtype)
+    units = num_units(num_labels, group, tiles.block_g)
+    deterministic = d_x_t.dim() == 3
+    walk = cdiv(units, len(d_x_t)) if deterministic else tiles.walk
+    arguments = {
+        "grad_ptr": grad,
+        "x_t_ptr": x_t,
+        "weight_ptr": weight,
+        "index_ptr": index,
+        "d_x_t_ptr": d_x_t,
+        "d_weight_ptr": d_weight,
+        "num_rows": num_rows,
+        "features": x_t.shape[0],
+        "width": x_t.shape[1],
+        "fan_in": fan_in,
+        "group": group,
+        "units": units,
+        "walk": walk,
+        "stride_gb": grad.stride(0),
+    }
+    constants = {
+        "BLOCK_G": tiles.block_g,
+        "BLOCK_F": tiles.block_f,
+        "BLOCK_B": tiles.block_b,
+        **dot_settings(x_t, weight),
+        "DETERMINISTIC": deterministic,
+    }
+    grid = cdiv(units, walk)
+    return Launch(_fan_in_bwd_kernel, grid, arguments, constants, tiles.num_warps)
+
+
+def input_gradient_buffer(x_t: Tensor, units: int, deterministic: bool) -> Tensor:
+    """Zeros to add d_x_t to: [D, width], or a part per program where deterministic."""
+    shape: tuple[int, ...] = tuple(x_t.shape)
+    if deterministic:
+        shape = (deterministic_programs(x_t, units), *shape)
+    return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
+
+
+def fan_in_linear(
+    x: Tensor,  # [B, D] float32, bfloat16 or float16
+    weight: Tensor,  # [L, F]
+    index: Tensor,  # [L/G, F]
+    bias: Tensor | None,  # [L]
+) -> Tensor:  # [B, L]
+    """`x @ dense(weight, index).T + bias` in x's dtype."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if x.shape[0] > 0:
+        scores_into(out, x, weight, index, bias)
+    return out
+
+
+def scores_into(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> None:
+    """Write the scores of every label to out [B, L]."""
+    tiles = unit_tiles(x.shape[0], weight, index, x.dtype)
+    x_t = feature_major(x, tiles.block_b)
+    layer = (weight.contiguous(), index.contiguous())
+    bias = bias if bias is None else bias.contiguous()
+    forward_launch(x_t, *layer, bias, out, x.shape[0]).run()
+
+
+def fan_in_linear_backward(
+    grad: Tensor,  # [B, L]
+    x: Tensor,  # [B, D]
+    weight: Tensor,  # [L, F]
+    index: Tensor,  # [L/G, F]
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
+    """Gradients in x and weight; `deterministic` is torch's setting unless given."""
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    if x.shape[0] == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight)
+    tiles = unit_tiles(x.shape[0], weight, index, x.dtype)
+    units = num_units(weight.shape[0], weight.shape[0] // index.shape[0], tiles.block_g)
+    x_t = feature_major(x, tiles.block_b)
+    d_x_t = input_gradient_buffer(x_t, units, deterministic)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    layer = (weight.contiguous(), index.contiguous())
+    backward_launch(grad.contiguous(), x_t, *layer, d_x_t, d_weight, x.shape[0]).run()
+    return batch_major(d_x_t, x.shape[0], x.dtype), d_weight

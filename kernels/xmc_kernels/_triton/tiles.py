@@ -1,0 +1,93 @@
+"""Tile sizes and strategies of the Triton kernels, per architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xmc_kernels._triton.launch import cdiv, power_of_2
+
+SOURCE = "2026-11-21, not tuned: no GPU yet (sizes that compile without spills)"
+ARCHITECTURES = (80, 90, 100)
+
+PARTIAL_BYTES = 48 * 2**20
+"""What the private copies of d_x may hold in the deterministic form."""
+SCRATCH_BYTES = 64 * 2**20
+"""What the blocks of a densified label tile may hold."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Compile-time sizes of one launch."""
+
+    block_g: int
+    """Labels of a unit: 1, or a power of two from 16 (labels that share features)."""
+    block_f: int
+    block_b: int
+    walk: int
+    """Units that a program goes through."""
+    num_warps: int
+
+
+def unit_tiles(
+    num_rows: int, weight: Tensor, index: Tensor, dtype: torch.dtype, *, fused: bool = False
+) -> Tiles:
+    """Tiles of the kernels that go unit by unit (`products.py`).
+
+    `dtype` is that of x; `fused` is the training step, which holds most at once. float32 products
+    on tensor cores hold three parts of each operand: smaller tiles.
+    """
+    num_labels, fan_in = weight.shape
+    group = num_labels // index.shape[0]
+    wide = group > 1 and torch.float32 in (dtype, weight.dtype)
+    block_b = min(max(16, power_of_2(num_rows)), 64 if wide else 128)
+    block_f = min(max(16, power_of_2(fan_in)), 32 if wide else 64)
+    if group == 1:
+        return Tiles(1, block_f, block_b, walk=32, num_warps=8 if block_f == 32 else 4)
+    largest = 16 if wide else 32 if fused else 64
+    block_g = min(max(16, power_of_2(group)), largest)
+    if fused and block_g == 32 and block_f < 64:
+        block_b = min(block_b, 64)
+    num_warps = 8 if fused or wide or block_g == 64 else 4
+    return Tiles(block_g, block_f, block_b, walk=4, num_warps=num_warps)
+
+
+def num_units(num_labels: int, group: int, block_g: int) -> int:
+    """How many units a layer has; a large group is cut into several."""
+    return num_labels // group * cdiv(group, block_g)
+
+
+def deterministic_programs(x_t: Tensor, units: int) -> int:
+    """Programs with a private d_x_t in float32 each.
+
+    Depends on the shapes alone, so that every card adds up in the same order.
+    """
+    return max(1, min(units, 256, PARTIAL_BYTES // max(1, 4 * x_t.numel())))
+
+
+def dense_labels(x: Tensor, num_labels: int) -> int:
+    """Labels of a densified block whose scratch stays within SCRATCH_BYTES.
+
+    A label costs 4 bytes per row for its score, 4 and 1 for gradient and target, and up to 8 per
+    feature for weight and gradient.
+    """
+    num_rows, features = x.shape
+    most = SCRATCH_BYTES // (9 * num_rows + 8 * features) // 128 * 128
+    return min(max(128, most), num_labels)
+
+
+def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> str:
+    """How to train: "walk" unit by unit, or "densify" label tiles for torch's matrix products.
+
+    Counted, not measured: one scattered float32 atomic per multiply-add bounds the walk with one
+    label per index row, while at F/D = 1/12 the densified tile costs 12 times the operations at 50
+    times the rate, and no atomics. Without bfloat16 on both sides, or for a few rows, the matrix
+    units do not pay; labels that share an index use them in the walk. Deterministic steps walk:
+    the order inside a library's product is its own affair.
+    """
+    if deterministic or len(index) < len(weight):
+        return "walk"
+    both = x.dtype == weight.dtype == torch.bfloat16
+    return "densify" if both and x.shape[0] >= 32 else "walk"

@@ -1,0 +1,135 @@
+"""How a gradient becomes a weight, in registers: `update.py`'s rules and `rounding.py`'s noise."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmc_kernels import rounding
+from xmc_kernels.update import UpdateRule
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def stochastic_round(value, key, rows, columns):
+    """float32 as bfloat16; rows and columns are int32 and broadcast to value's shape."""
+    row = _mix((rows ^ key).to(tl.uint32, bitcast=True))
+    column = columns.to(tl.uint32, bitcast=True) * 0x9E3779B9
+    bits = value.to(tl.uint32, bitcast=True)
+    raised = (bits + (_mix(row ^ column) >> 16)) & 0xFFFF0000
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, raised.to(tl.float32, bitcast=True), value).to(tl.bfloat16)
+
+
+@triton.jit
+def apply(
+    param,  # loaded from param_ptr at offs
+    param_ptr,
+    memory,  # pointers of m, v and accumulated gradient, each may be None
+    offs,
+    mask,
+    grad,  # float32
+    rows,
+    columns,
+    key,
+    decay,
+    lr,
+    averages,  # momentum, beta1, 1 - beta1, beta2, 1 - beta2
+    scales,  # eps, 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
+    RULE: tl.constexpr,
+    UPDATE: tl.constexpr,
+):
+    """Update param at offs in place, or add grad to what is kept.
+
+    A tile smaller than the program is held by several threads: the barrier keeps one of them from
+    loading what another has already stored.
+    """
+    m_ptr, v_ptr, kept_ptr = memory
+    momentum, beta1, one_minus_beta1, beta2, one_minus_beta2 = averages
+    eps, mean_scale, root_scale = scales
+    if kept_ptr is not None:
+        grad += tl.load(kept_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE:
+        new = param.to(tl.float32)
+        if RULE == "adamw":
+            m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+            v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+            tl.debug_barrier()
+            m = beta1 * m + one_minus_beta1 * grad
+            v = beta2 * v + one_minus_beta2 * (grad * grad)
+            tl.store(m_ptr + offs, m, mask=mask)
+            tl.store(v_ptr + offs, v, mask=mask)
+            new = new * (1.0 - lr * decay)
+            new -= lr * mean_scale * m / (tl.sqrt(v) * root_scale + eps)
+        else:
+            grad += decay * new
+            if RULE == "momentum":
+                m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+                tl.debug_barrier()
+                grad += momentum * m
+                tl.store(m_ptr + offs, grad, mask=mask)
+            elif RULE == "adagrad":
+                v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+                tl.debug_barrier()
+                v += grad * grad
+                tl.store(v_ptr + offs, v, mask=mask)
+                grad = grad / (tl.sqrt(v) + eps)
+            else:
+                tl.debug_barrier()
+            new -= lr * grad
+        if param_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(param_ptr + offs, stochastic_round(new, key, rows, columns), mask=mask)
+        else:
+            tl.store(param_ptr + offs, new, mask=mask)
+    else:
+        tl.debug_barrier()
+        tl.store(kept_ptr + offs, grad, mask=mask)
+
+
+def constants(rule: UpdateRule, lr: float, step: int) -> dict[str, float]:
+    """The numbers `apply` takes, differences taken in float64 before rounding."""
+    beta1, beta2 = rule.betas
+    return {
+        "lr": float(lr),
+        "momentum": float(rule.momentum),
+        "beta1": float(beta1),
+        "one_minus_beta1": 1.0 - beta1,
+        "beta2": float(beta2),
+        "one_minus_beta2": 1.0 - beta2,
+        "eps": float(rule.eps),
+        "mean_scale": 1.0 / (1 - beta1**step),
+        "root_scale": (1 - beta2**step) ** -0.5,
+    }
+
+
+def keys(seed: int, step: int) -> dict[str, int]:
+    """The rounding keys of weight and bias."""
+    return {
+        "weight_key": rounding.stream_key(seed, step, rounding.WEIGHT),
+        "bias_key": rounding.stream_key(seed, step, rounding.BIAS),
+    }
+
+
+@triton.jit
+def _round_kernel(value_ptr, out_ptr, key, num_columns, size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    value = tl.load(value_ptr + offs, mask=mask, other=0.0)
+    rows, columns = (offs // num_columns).to(tl.int32), (offs % num_columns).to(tl.int32)
+    tl.store(out_ptr + offs, stochastic_round(value, key, rows, columns), mask=mask)
+
+
+def round_to_bfloat16(value: Tensor, key: int) -> Tensor:
+    """`rounding.stochastic_round` of a float32 matrix [R, C], to compare the two."""
+    out = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device)
+    grid = (triton.cdiv(value.numel(), 1024),)
+    _round_kernel[grid](value, out, key, value.shape[1], value.numel(), BLOCK=1024)
+    return out

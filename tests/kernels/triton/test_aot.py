@@ -1,0 +1,56 @@
+"""Every Triton kernel compiled for three architectures, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xmc_kernels.aot import COLUMNS, SHARED_LIMIT
+
+
+def table(file: Path, *options: str) -> list[dict]:
+    """`python -m xmc_kernels.aot` in a process whose kernels are compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "xmc_kernels.aot", "--out", str(file), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[row["architecture"]], row
+        assert 0 < row["registers"] <= 255, row
+        # Products of labels that share an index run on tensor cores.
+        shared = " G16 " in row["config"] or " G64 " in row["config"]
+        assert (row["tensor_cores"] != "") == shared, row
+
+
+def test_kernels_in_bfloat16_fit_an_h100(tmp_path) -> None:
+    rows = table(tmp_path / "table.jsonl", "--arch", "90", "--only", "bf16")
+    assert len({row["config"] for row in rows}) == len(rows) > 10
+    check(rows)
+
+
+@pytest.mark.slow
+def test_all_kernels_fit_all_architectures(tmp_path) -> None:
+    rows = table(tmp_path / "table.jsonl", "--jobs", "2")
+    assert {row["architecture"] for row in rows} == set(SHARED_LIMIT)
+    check(rows)
+
+
+def test_interpreted_kernels_have_no_resources() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    code = "from xmc_kernels.aot import resource_table; next(resource_table())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: expected a process without TRITON_INTERPRET=1" in done.stderr
