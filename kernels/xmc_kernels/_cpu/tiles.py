@@ -14,7 +14,7 @@ from xmc_kernels._cpu.vector import pointer, transpose_block
 WIDTHS = (16, 32, 64)
 # Cost of a label and a tile beside its multiply-adds, in columns of work (a fit to the sweep of
 # scripts/bench/classifier_step.py).
-_OVERHEAD = 12
+_OVERHEAD = 20
 
 
 def tile_width(num_rows: int) -> int:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xmc_kernels import rounding
 from xmc_kernels._reference.fan_in import compute_dtype, dense_tile, label_tiles, tile_index
+from xmc_kernels.rounding import BIAS, WEIGHT
 from xmc_kernels.update import ClassifierState, UpdateRule
 
 
@@ -34,8 +36,13 @@ def apply_(
     lr: float,
     step: int,
     weight_decay: float,
+    key: int,
+    start: int,
 ) -> None:
-    """One step of torch.optim's SGD, AdamW or Adagrad on a slice, in place."""
+    """One step of torch.optim's SGD, AdamW or Adagrad on the slice from row `start` on, in place.
+
+    bfloat16 parameters are rounded stochastically, by `key`.
+    """
     p = param.to(grad.dtype)
     if rule.kind == "adamw":
         assert m is not None and v is not None
@@ -46,7 +53,8 @@ def apply_(
         denom = (v / (1 - beta2**step)).sqrt_().add_(rule.eps)
         p.addcdiv_(m, denom, value=-lr / (1 - beta1**step))
     else:
-        grad = grad + weight_decay * p
+        if weight_decay:
+            grad = grad + weight_decay * p
         if rule.kind == "momentum":
             assert m is not None
             grad = m.mul_(rule.momentum).add_(grad)
@@ -55,6 +63,11 @@ def apply_(
             v.addcmul_(grad, grad)
             grad = grad / (v.sqrt() + rule.eps)
         p.sub_(grad, alpha=lr)
+    if param.dtype == torch.bfloat16:
+        table = p.view(len(p), -1)
+        rows, columns = (torch.arange(size, device=p.device) for size in table.shape)
+        bits = rounding.noise(key, rows[:, None] + start, columns)
+        p = rounding.stochastic_round(table, bits).view_as(p)
     param.copy_(p)
 
 
@@ -72,6 +85,7 @@ def classifier_step(
     step: int,
     grad_scale: float,
     update: bool,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     dtype = compute_dtype(x, weight)
@@ -98,9 +112,9 @@ def classifier_step(
         d_weight, d_bias = g.T @ wide, g.sum(0)
         if index is not None:
             d_weight = d_weight.gather(1, tile_index(index, weight.shape[0], start, stop))
-        for param, grad, kept, m, v, decay in (
-            (weight, d_weight, state.grad_weight, state.weight_m, state.weight_v, True),
-            (bias, d_bias, state.grad_bias, state.bias_m, state.bias_v, False),
+        for param, grad, kept, m, v, decay, stream in (
+            (weight, d_weight, state.grad_weight, state.weight_m, state.weight_v, True, WEIGHT),
+            (bias, d_bias, state.grad_bias, state.bias_m, state.bias_v, False, BIAS),
         ):
             if param is None:
                 continue
@@ -109,5 +123,6 @@ def classifier_step(
             if update:
                 m, v = take(m, start, stop), take(v, start, stop)
                 decay_rate = rule.weight_decay if decay else 0.0
-                apply_(param[start:stop], grad, m, v, rule, lr, step, decay_rate)
+                key = rounding.stream_key(seed, step, stream)
+                apply_(param[start:stop], grad, m, v, rule, lr, step, decay_rate, key, start)
     return total.to(torch.float32), d_x.to(x.dtype)
