@@ -39,6 +39,7 @@ def classifier_step_(
     step: int,
     grad_scale: float,
     update: bool = True,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [] float32, [B, D] in x's dtype
     """One training step of `x @ dense(weight, index).T + bias`; neither scores nor gradients stay.
 
@@ -50,7 +51,8 @@ def classifier_step_(
     written in place. `step` counts optimizer steps from 1 (bias correction of adamw).
     `grad_scale` is 1 / rows of the whole optimizer step. `update=False` adds the gradients to
     `state.grad_weight` and `state.grad_bias` (made at first use, [L, F]) and leaves the weights;
-    `update=True` applies the sum and drops it, so accumulation is exact.
+    `update=True` applies the sum and drops it, so accumulation is exact. bfloat16 weights are
+    rounded stochastically: `rounding.py`, keyed by `seed`, step and position.
 
     Raises ValueError or TypeError where arguments do not fit together, on labels out of range and
     on features that are not finite (before anything is written).
@@ -60,8 +62,8 @@ def classifier_step_(
         raise ValueError(f"expected step from 1 on, got {step}")
     _check_state(weight, bias, rule, state)
     if not update and state.grad_weight is None:
-        state.grad_weight = torch.zeros_like(weight)
-        state.grad_bias = None if bias is None else torch.zeros_like(bias)
+        state.grad_weight = _zeros(weight)
+        state.grad_bias = None if bias is None else _zeros(bias)
     result = _classifier_step(
         x,
         weight,
@@ -82,6 +84,7 @@ def classifier_step_(
         step,
         grad_scale,
         update,
+        seed,
     )
     if update:
         state.grad_weight = state.grad_bias = None
@@ -144,6 +147,12 @@ def _check_state(
             )
 
 
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros to add gradients up in, float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
 def _check_values(
     x: Tensor,
     weight: Tensor,
@@ -175,7 +184,28 @@ def _on_cpu(
         return reference.classifier_step(*arguments)
     from xmc_kernels._cpu import classifier as cpu
 
-    return cpu.classifier_step(*arguments)
+    return cpu.classifier_step(*arguments[:-1])  # no seed: float32 needs no rounding
+
+
+def _on_cuda(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    state: ClassifierState,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The Triton step; the reference for float64 and for strided weights or moments."""
+    arguments = (x, weight, index, bias, indptr, indices, state, *options)
+    written = [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
+    contiguous = all(tensor.is_contiguous() for tensor in written)
+    if not contiguous or not checks.compiled_on_cuda(x, *written):
+        return reference.classifier_step(*arguments)
+    from xmc_kernels._triton import classifier as triton
+
+    return triton.classifier_step(*arguments)
 
 
 @torch.library.custom_op(
@@ -211,12 +241,13 @@ def _classifier_step(
     step: int,
     grad_scale: float,
     update: bool,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return _step(
         reference.classifier_step,
         (x, weight, index, bias, indptr, indices),
         ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
-        *(loss, kind, constants, lr, step, grad_scale, update),
+        *(loss, kind, constants, lr, step, grad_scale, update, seed),
     )
 
 
@@ -224,6 +255,12 @@ def _classifier_step(
 def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     tensors = (x, weight, index, bias, indptr, indices)
     return _step(_on_cpu, tensors, ClassifierState(*rest[:6]), *rest[6:])
+
+
+@_classifier_step.register_kernel("cuda")
+def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    tensors = (x, weight, index, bias, indptr, indices)
+    return _step(_on_cuda, tensors, ClassifierState(*rest[:6]), *rest[6:])
 
 
 def _step(
@@ -237,11 +274,12 @@ def _step(
     step: int,
     grad_scale: float,
     update: bool,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check_values(*tensors)
     momentum, beta1, beta2, eps, weight_decay = constants
     rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
-    return backend(*tensors, state, loss, rule, lr, step, grad_scale, update)
+    return backend(*tensors, state, loss, rule, lr, step, grad_scale, update, seed)
 
 
 @_classifier_step.register_fake
@@ -269,6 +307,11 @@ def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor, T
     return _gradients(_on_cpu, (x, weight, index, bias, indptr, indices), *rest)
 
 
+@_classifier_loss_and_grad.register_kernel("cuda")
+def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _gradients(_on_cuda, (x, weight, index, bias, indptr, indices), *rest)
+
+
 def _gradients(
     backend: Callable[..., tuple[Tensor, Tensor]],
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
@@ -280,7 +323,7 @@ def _gradients(
     state = ClassifierState()
     state.grad_weight = d_weight = torch.zeros_like(tensors[1])
     state.grad_bias = d_bias = torch.zeros_like(tensors[3])
-    value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False)
+    value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False, 0)
     return value, d_x, d_weight, d_bias
 
 

@@ -331,6 +331,7 @@ def classifier_step(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    index = index if index is None else index.contiguous()
     positives = sort_by_label(indptr, indices, weight.shape[0])
     numbers = (loss, rule, lr, step, seed, grad_scale, update)
     if index is None or (by or strategy(x, weight, index, deterministic)) == "densify":

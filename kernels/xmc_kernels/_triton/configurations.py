@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xmc_kernels._triton import classifier, fan_in
+from xmc_kernels._triton import classifier, densify, fan_in
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.positives import Positives
+from xmc_kernels._triton.update import constants
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule, make_state
 
 _FEATURES = 768
@@ -25,7 +26,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @functools.cache
 def configurations() -> tuple[tuple[str, Launch], ...]:
     """(name, launch), names distinct; `G16 bf16 B128 F64` are group, dtype, rows and fan-in."""
-    return (*_layers(), *_steps())
+    return (*_layers(), *_steps(), *_densified())
 
 
 def _layer(group: int, dtype: torch.dtype, fan_in: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +40,8 @@ def _layer(group: int, dtype: torch.dtype, fan_in: int) -> tuple[Tensor, Tensor,
 
 def _layers() -> Iterator[tuple[str, Launch]]:
     for group in (1, 16, 64):
-        for name, dtype in _DTYPES.items():
+        for name in ("bf16", "fp32"):
+            dtype = _DTYPES[name]
             rows, width = 128, 64
             weight, index, bias = _layer(group, dtype, width)
             title = f"G{group} {name} B{rows} F{width}"
@@ -92,3 +94,25 @@ def _steps() -> Iterator[tuple[str, Launch]]:
             )
             what = rule if update else "accumulate"
             yield f"step {loss} {what} {form} G{group} {dtype} B{rows} F{width}", launch
+
+
+def _densified() -> Iterator[tuple[str, Launch]]:
+    rows, labels, fan_in = 128, 8192, 64
+    dtype = torch.bfloat16
+    _, index, _ = _layer(1, dtype, fan_in)
+    weight, dense = _empty(labels, fan_in, dtype=dtype), _empty(labels, _FEATURES, dtype=dtype)
+    yield "scatter G1 bf16 F64", densify.scatter_launch(weight, index, 8192, 1, dense)
+    scores, target = _empty(rows, labels), _empty(rows, labels, dtype=torch.uint8)
+    bias, parts = _empty(labels, dtype=dtype), _empty(labels)
+    for loss in ("bce", "squared_hinge"):
+        tensors = (scores, bias, target, scores.to(dtype), _empty(labels, 1), parts)
+        yield f"gradient {loss} bf16 B128", densify.gradient_launch(*tensors, loss, 0.01)
+    for kind in RULES:
+        rule = UpdateRule(kind)  # type: ignore[arg-type]
+        state = make_state(weight, None, rule)
+        memory = (weight, state.weight_m, state.weight_v, None)
+        numbers = constants(rule, 0.1, 1)
+        launch = densify.update_launch(
+            *(_empty(labels, _FEATURES), index, memory, 8192, 1, rule, numbers, 12345, 0.0, True)
+        )
+        yield f"update {kind} G1 bf16 F64", launch
