@@ -118,16 +118,6 @@ def test_small_batches_get_narrow_tiles(num_rows, width) -> None:
 def test_shares_are_as_many_as_threads_but_not_tiny(two_threads) -> None:
     assert threads.num_shares(10_001) == 2
     assert threads.num_shares(511) == threads.num_shares(1) == 1
-    assert threads.shares(10_001) == [(0, 5000), (5000, 10_001)]
-    assert threads.shares(100) == [(0, 100)]
-
-
-def test_an_error_of_a_share_reaches_the_caller() -> None:
-    def fail(share):
-        raise RuntimeError(f"share {share}")
-
-    with pytest.raises(RuntimeError, match="share 0"):
-        threads.run(fail, [(0,), (1,)])
 
 
 @pytest.mark.parametrize("openmp", [True, False])

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from torch import Tensor
 
-from xmc_kernels._cpu.threads import run, shares
+from xmc_kernels._cpu import threads
+from xmc_kernels._cpu.jit import kernel
+from xmc_kernels._cpu.scores import share_range
+from xmc_kernels._cpu.vector import at_address, next_share
+
+ARGUMENTS = threads.record_type(
+    addresses="param exp_avg exp_avg_sq rows grad",
+    integers="dim",
+    floats="keep1 beta2 keep2 decay rate root eps",
+)
 
 
 def lazy_adamw_(
@@ -25,32 +36,57 @@ def lazy_adamw_(
     step: int,
 ) -> None:
     """`reference.lazy_adamw_` for float32; the same bits for any number of threads."""
-    scalars = [
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        1 - lr * weight_decay,
-        lr / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step),
-        eps,
-    ]
-    tables = [tensor.detach().numpy() for tensor in (param, exp_avg, exp_avg_sq)]
-    given = [tensor.detach().contiguous().numpy() for tensor in (rows, grad)]
-    arguments = (*tables, *given, *(np.float32(scalar) for scalar in scalars))
-    run(_lazy_adamw, [(*arguments, *share) for share in shares(rows.shape[0])])
+    rows, grad = rows.detach().contiguous(), grad.detach().contiguous()
+    arguments = threads.record(
+        ARGUMENTS,
+        num_shares=threads.num_shares(rows.shape[0]),
+        num_labels=rows.shape[0],
+        param=param,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        rows=rows,
+        grad=grad,
+        dim=param.shape[1],
+        keep1=1 - beta1,
+        beta2=beta2,
+        keep2=1 - beta2,
+        decay=1 - lr * weight_decay,
+        rate=lr / (1 - beta1**step),
+        root=1 / math.sqrt(1 - beta2**step),
+        eps=eps,
+    )
+    threads.launch(_kernel(), arguments)
 
 
-@njit(nogil=True, fastmath={"contract"}, error_model="numpy", cache=True)
-def _lazy_adamw(
-    param, exp_avg, exp_avg_sq, rows, grad, keep1, beta2, keep2, decay, rate, root, eps, start, stop
-):
-    dim = param.shape[1]
-    for r in range(start, stop):
-        row = rows[r]
-        w, m, v, g = param[row], exp_avg[row], exp_avg_sq[row], grad[r]
-        for d in range(dim):
-            first = m[d] + keep1 * (g[d] - m[d])
-            second = beta2 * v[d] + keep2 * (g[d] * g[d])
-            m[d] = first
-            v[d] = second
-            w[d] = decay * w[d] - rate * first / (np.sqrt(second) * root + eps)
+@njit(fastmath={"contract"}, error_model="numpy")
+def _step_row(a, w, m, v, g):
+    for d in range(a.dim):
+        first = m[d] + a.keep1 * (g[d] - m[d])
+        second = a.beta2 * v[d] + a.keep2 * (g[d] * g[d])
+        m[d] = first
+        v[d] = second
+        w[d] = a.decay * w[d] - a.rate * first / (np.sqrt(second) * a.root + a.eps)
+
+
+@functools.cache
+def _kernel() -> Any:
+    @kernel(ARGUMENTS)
+    def lazy_adamw_shares(arguments):
+        a = carray(arguments, 1)[0]
+        rows = at_address(np.int64, a.rows)
+        row_bytes = 4 * a.dim
+        share = next_share(arguments)
+        while share < a.num_shares:
+            start, stop = share_range(a, share)
+            for r in range(start, stop):
+                at = rows[r] * row_bytes
+                _step_row(
+                    a,
+                    carray(at_address(np.float32, a.param + at), a.dim),
+                    carray(at_address(np.float32, a.exp_avg + at), a.dim),
+                    carray(at_address(np.float32, a.exp_avg_sq + at), a.dim),
+                    carray(at_address(np.float32, a.grad + r * row_bytes), a.dim),
+                )
+            share = next_share(arguments)
+
+    return lazy_adamw_shares

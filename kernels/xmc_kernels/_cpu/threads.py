@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable
@@ -78,25 +77,6 @@ def launch(kernel: Any, arguments: np.ndarray) -> None:
         _call(kernel, arguments)
         for other in others:
             other.result()
-
-
-def shares(count: int, smallest: int = 256) -> list[tuple[int, int]]:
-    """Ranges of rows or labels for `run`."""
-    parts = num_shares(count, smallest)
-    edges = [count * part // parts for part in range(parts + 1)]
-    return list(itertools.pairwise(edges))
-
-
-def run(function: Callable, calls: list[tuple]) -> list:
-    """`function(*call)` for all calls at once, the first of them on the calling thread.
-
-    For functions compiled with `nogil`; on threads beside torch's.
-    """
-    if len(calls) == 1:
-        return [function(*calls[0])]
-    pool = _pool(os.getpid(), len(calls) - 1)
-    futures = [pool.submit(function, *call) for call in calls[1:]]
-    return [function(*calls[0]), *(future.result() for future in futures)]
 
 
 def _call(kernel: Any, arguments: np.ndarray) -> None:
