@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
         rows.append((name, scores(run / "evaluation-test.json"), peak_memory(run), size(run)))
     xmc("evaluate", folder / "sparse", "--cache", cache, "--split", "test", "--baseline")
     baseline = scores(folder / "sparse" / "baseline-test.json")
-    rows.insert(0, ("most frequent labels", baseline, "", ""))
+    rows.insert(0, ("frequency", baseline, "", ""))
 
     table = Table(
         "classifier", *METRICS, "peak memory", "model", title="pydoc, test split, per cent"

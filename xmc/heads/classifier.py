@@ -67,7 +67,7 @@ class ClassifierHead(nn.Module):
         with torch.no_grad():
             bias.zero_()
             if config.bias_init == "log_prior" and label_shares is not None:
-                bias.copy_(torch.logit(label_shares.double()))
+                bias.copy_(torch.logit(label_shares.double(), eps=1e-7))
         return cls(layer, loss=config.loss, optimizer=optimizer)
 
     @property
