@@ -135,6 +135,8 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
     layer = model.head.layer
     assert isinstance(layer, FixedFanInLinear)
     index = layer.index.long()
+    first_weight = layer.weight.detach().clone()
+    first_table = model.encoder.table.weight.detach().clone()  # type: ignore[union-attr]
     table = model.encoder.table.weight.detach().double().clone().requires_grad_()  # type: ignore[union-attr]
     bias = torch.zeros(24, dtype=torch.float64, requires_grad=True)
     weight = layer.weight.detach().double().clone().requires_grad_()
@@ -171,12 +173,15 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
 
     (tmp_path / "run" / "model").mkdir(parents=True)
     Trainer(model, options, train_set, validation_set, tmp_path / "run").fit()
-    close = {"rtol": 2e-3, "atol": 2e-4}  # float32 Adam: near-zero gradients are divided by eps
-    torch.testing.assert_close(layer.weight.double(), weight.detach(), **close)
-    torch.testing.assert_close(layer.bias.double(), label_bias.detach(), **close)
-    torch.testing.assert_close(
-        model.encoder.table.weight.detach().double(), table.detach(), **close
-    )  # type: ignore[union-attr]
+    trained = model.encoder.table.weight.detach()  # type: ignore[union-attr]
+    # Adam magnifies the rounding of a gradient near zero, so that single numbers may differ.
+    for mine, start, truth in (
+        (trained, first_table, table),
+        (layer.weight, first_weight, weight),
+        (layer.bias, torch.zeros(30), label_bias),
+    ):
+        error = (mine.detach().double() - truth.detach()).norm()
+        assert error < 0.01 * (truth.detach() - start).norm()
 
 
 def test_accumulation_equals_the_larger_batch(tiny_data: Path, tmp_path: Path) -> None:
