@@ -16,11 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import gc
-import json
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -28,17 +24,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from provenance import RESULTS, append, provenance
 from torch import Tensor
 
 from xmc_kernels.classifier import UpdateRule, classifier_step_, make_state
 from xmc_kernels.fan_in import fan_in_linear
 from xmc_kernels.topk import fan_in_topk
 
-RESULTS = Path(__file__).parent / "results" / "classifier_step.jsonl"
 BATCHES = 6
 POSITIVES = 5  # per row
 K = 5
@@ -177,35 +172,6 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-    return " ".join(fields.get(name, "").strip() for name in ("model name", "cpu family", "model"))
-
-
-def environment(command: str) -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "device": f"cpu: {cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
-
-
 def measure(s: Shape, options: argparse.Namespace, about: dict[str, object]) -> list[dict]:
     """Time all jobs of a shape, interleaved; returns and writes one record per job."""
     torch.manual_seed(0)
@@ -242,9 +208,7 @@ def measure(s: Shape, options: argparse.Namespace, about: dict[str, object]) -> 
                 **about,
             }
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    append(options.output, records)
     show(s, records, seconds)
     return records
 
@@ -320,11 +284,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=30, help="per shape, after five runs")
     parser.add_argument("--dense-gib", type=float, default=1, help="largest dense matrix to time")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "classifier_step.jsonl")
     parser.add_argument("--plot", type=Path, help="PNG of step time over labels")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    about = environment(" ".join(["python", *sys.argv]))
+    about = provenance()
     one = Shape(options.labels, options.features, options.fan_in, options.batch)
     records = []
     for shape in sweep() if options.sweep else [one]:

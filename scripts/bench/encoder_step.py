@@ -11,17 +11,14 @@ six batches take turns, so that no batch stays in the cache. Appends one line pe
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from provenance import RESULTS, append, provenance
 from torch import nn
 
 from xmc.nn.encoder import BagEncoder
@@ -30,7 +27,6 @@ from xmc.types import Bag
 from xmc_kernels._reference.bag_sum import bag_sum
 from xmc_kernels._reference.lazy_adamw import lazy_adamw_
 
-RESULTS = Path(__file__).parent / "results" / "encoder_step.jsonl"
 BATCHES = 6
 
 
@@ -118,10 +114,6 @@ def main() -> None:
             step(bags[repeat % BATCHES])
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - started)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    RESULTS.parent.mkdir(exist_ok=True)
     for name, values in seconds.items():
         low, median, high = (round(1e3 * float(q), 2) for q in np.quantile(values, [0.2, 0.5, 0.8]))
         line = {
@@ -133,13 +125,9 @@ def main() -> None:
             "entries": int(np.mean([len(bag.ids) for bag in bags])),
             "distinct": int(np.mean([len(bag.ids.unique()) for bag in bags])),
             "dtype": "float32",
-            "device": "cpu",
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "commit": commit.stdout.strip(),
+            **provenance(),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(RESULTS / "encoder_step.jsonl", [line])
         print(f"{name:36s} {median:8.2f} ms  [{low:.2f}, {high:.2f}]")
 
 
