@@ -75,6 +75,25 @@ def _(
     return cpu.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
 
 
+@_fan_in_topk.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    exclude_indptr: Tensor | None,
+    exclude_indices: Tensor | None,
+    label_offset: int,
+) -> tuple[Tensor, Tensor]:
+    exclude = _check_values(x, exclude_indptr, exclude_indices)
+    if not checks.compiled_on_cuda(x, weight, bias):
+        return reference.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+    from xmc_kernels._triton import topk as triton
+
+    return triton.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+
+
 def _check_values(
     x: Tensor, indptr: Tensor | None, indices: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:

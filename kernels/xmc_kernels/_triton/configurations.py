@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xmc_kernels._triton import classifier, densify, fan_in
+from xmc_kernels._triton import classifier, densify, fan_in, topk
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.update import constants
@@ -26,7 +26,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @functools.cache
 def configurations() -> tuple[tuple[str, Launch], ...]:
     """(name, launch), names distinct; `G16 bf16 B128 F64` are group, dtype, rows and fan-in."""
-    return (*_layers(), *_steps(), *_densified())
+    return (*_layers(), *_steps(), *_densified(), *_topk())
 
 
 def _layer(group: int, dtype: torch.dtype, fan_in: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,3 +116,9 @@ def _densified() -> Iterator[tuple[str, Launch]]:
             *(_empty(labels, _FEATURES), index, memory, 8192, 1, rule, numbers, 12345, 0.0, True)
         )
         yield f"update {kind} G1 bf16 F64", launch
+
+
+def _topk() -> Iterator[tuple[str, Launch]]:
+    for k in (8, 128):
+        scores, best = _empty(128, 65536), _empty(128, 64, k, dtype=torch.int64)
+        yield f"topk K{k} B128", topk.topk_launch(scores, best, 65536)

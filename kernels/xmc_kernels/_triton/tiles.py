@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ PARTIAL_BYTES = 48 * 2**20
 """What the private copies of d_x may hold in the deterministic form."""
 SCRATCH_BYTES = 64 * 2**20
 """What the blocks of a densified label tile may hold."""
+
+SCORE_BYTES = 32 * 2**20
+"""What the scores of a chunk of labels may hold in top-k."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,13 @@ def dense_labels(x: Tensor, num_labels: int) -> int:
     num_rows, features = x.shape
     most = SCRATCH_BYTES // (9 * num_rows + 8 * features) // 128 * 128
     return min(max(128, most), num_labels)
+
+
+def score_labels(x: Tensor, num_labels: int, group: int) -> int:
+    """Labels of a chunk whose scores fit SCORE_BYTES: whole groups, a multiple of 16."""
+    unit = math.lcm(group, 16)
+    most = SCORE_BYTES // (4 * max(1, len(x))) // unit
+    return min(max(1, most) * unit, num_labels)
 
 
 def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> str:
