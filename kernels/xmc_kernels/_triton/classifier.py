@@ -177,6 +177,7 @@ def _classifier_step_kernel(
                     tl.debug_barrier()
                     if start_b > 0:
                         d_weight += tl.load(unit_grad_ptr + local, mask=mask_w, other=0.0)
+                    tl.debug_barrier()
                     tl.store(unit_grad_ptr + local, d_weight, mask=mask_w)
 
         if not ONE_TILE:

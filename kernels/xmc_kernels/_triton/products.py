@@ -67,12 +67,15 @@ def input_gradient(grad, weight, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexp
 def scatter_add(d_x_t_ptr, rows, offs_b, mask, value, DETERMINISTIC: tl.constexpr):
     """Add [F, B] to rows of d_x_t: by atomics, or into a buffer that only this program writes.
 
-    Rows are distinct within one call; the barriers order one call after another.
+    Rows are distinct within one call. The barriers order one call after another, and the loads of
+    all threads before the stores of any (a small tile is held by several threads).
     """
     pointers = d_x_t_ptr + rows + offs_b[None, :]
     if DETERMINISTIC:
         tl.debug_barrier()
-        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
+        before = tl.load(pointers, mask=mask, other=0.0)
+        tl.debug_barrier()
+        tl.store(pointers, before + value, mask=mask)
         tl.debug_barrier()
     else:
         whole = mask & (offs_b >= 0)[None, :]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from xmc_kernels._triton.launch import cdiv, power_of_2
 
-SOURCE = "2026-11-21, not tuned: no GPU yet (sizes that compile without spills)"
-ARCHITECTURES = (80, 90, 100)
+SOURCE = "2026-11-21, sm_80, sm_90 and sm_100 alike: not tuned, no GPU yet"
+"""Where the table comes from: the largest sizes that compile without spills (`aot.py`)."""
 
 PARTIAL_BYTES = 48 * 2**20
 """What the private copies of d_x may hold in the deterministic form."""
@@ -35,27 +35,42 @@ class Tiles:
     num_warps: int
 
 
+TABLE = {
+    # (training step, labels share features, float32 operands): largest sizes
+    (False, False, False): Tiles(1, 64, 128, walk=32, num_warps=4),
+    (False, False, True): Tiles(1, 64, 128, walk=32, num_warps=4),
+    (False, True, False): Tiles(64, 64, 128, walk=4, num_warps=8),
+    (False, True, True): Tiles(16, 32, 64, walk=4, num_warps=8),
+    (True, False, False): Tiles(1, 64, 128, walk=32, num_warps=4),
+    (True, False, True): Tiles(1, 64, 128, walk=32, num_warps=4),
+    (True, True, False): Tiles(32, 64, 128, walk=4, num_warps=8),
+    (True, True, True): Tiles(16, 32, 64, walk=4, num_warps=8),
+}
+DENSIFY_FROM_ROWS = 32
+"""Rows of a batch from which bfloat16 labels with an index row each are densified."""
+
+
 def unit_tiles(
     num_rows: int, weight: Tensor, index: Tensor, dtype: torch.dtype, *, fused: bool = False
 ) -> Tiles:
-    """Tiles of the kernels that go unit by unit (`products.py`).
+    """Tiles of the kernels that go unit by unit (`products.py`): TABLE's, cut to the shape.
 
     `dtype` is that of x; `fused` is the training step, which holds most at once. float32 products
     on tensor cores hold three parts of each operand: smaller tiles.
     """
     num_labels, fan_in = weight.shape
     group = num_labels // index.shape[0]
-    wide = group > 1 and torch.float32 in (dtype, weight.dtype)
-    block_b = min(max(16, power_of_2(num_rows)), 64 if wide else 128)
-    block_f = min(max(16, power_of_2(fan_in)), 32 if wide else 64)
+    wide = torch.float32 in (dtype, weight.dtype)
+    most = TABLE[fused, group > 1, wide]
+    block_f = min(max(16, power_of_2(fan_in)), most.block_f)
+    block_b = min(max(16, power_of_2(num_rows)), most.block_b)
     if group == 1:
-        return Tiles(1, block_f, block_b, walk=32, num_warps=8 if block_f == 32 else 4)
-    largest = 16 if wide else 32 if fused else 64
-    block_g = min(max(16, power_of_2(group)), largest)
+        return replace(most, block_f=block_f, block_b=block_b, num_warps=8 if block_f == 32 else 4)
+    block_g = min(max(16, power_of_2(group)), most.block_g)
     if fused and block_g == 32 and block_f < 64:
         block_b = min(block_b, 64)
-    num_warps = 8 if fused or wide or block_g == 64 else 4
-    return Tiles(block_g, block_f, block_b, walk=4, num_warps=num_warps)
+    num_warps = most.num_warps if fused or wide or block_g == 64 else 4
+    return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
 
 
 def num_units(num_labels: int, group: int, block_g: int) -> int:
@@ -101,4 +116,4 @@ def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> s
     if deterministic or len(index) < len(weight):
         return "walk"
     both = x.dtype == weight.dtype == torch.bfloat16
-    return "densify" if both and x.shape[0] >= 32 else "walk"
+    return "densify" if both and x.shape[0] >= DENSIFY_FROM_ROWS else "walk"
