@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,20 @@ def load_model(folder: Path) -> XMCModel:
     config = record["config"]
     labels = _read_labels(folder / "labels.json.gz", record["num_labels"])
     features = load_features(folder / "features", config.features)
-    encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
-    head = ClassifierHead.from_config(
-        encoder.out_features, len(labels), config.head, config.classifier_optimizer
-    )
+    # No weights are drawn and held only to be replaced. A transformer computes some buffers of
+    # its own when it is made, so it has to be made for real.
+    with nullcontext() if config.encoder.kind == "transformer" else torch.device("meta"):
+        encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
+    with torch.device("meta"):
+        head = ClassifierHead.from_config(
+            encoder.out_features, len(labels), config.head, config.classifier_optimizer
+        )
     model = XMCModel(config, features, labels, encoder, head)
     path = folder / "weights.safetensors"
     try:
         with safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: missing") from None
     except (SafetensorError, RuntimeError, ValueError) as error:

@@ -73,6 +73,7 @@ def train(
         write_json(out / "run.json", record)
     trainer = Trainer(model, config, train_set, validation_set, out, show_progress=show_progress)
     trainer.fit(resume=resume)
+    del trainer, model  # with their moments, before the best epoch is loaded
     return load_model(out / "model")
 
 
