@@ -15,9 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 QUERIES = [
-    "Compute the singular value decomposition of a matrix.",
+    "Concatenate two tensors along a dimension.",
     "Compile a regular expression and split the string by it.",
     "Return the absolute path of a file, following symbolic links.",
 ]
@@ -31,16 +32,17 @@ def main(folder: Path) -> None:
     if not data.exists():
         xmc("data", "build", "pydoc", "--out", data)
     xmc("data", "info", data)
-    rows: list[tuple[str, dict[str, object], str, str]] = []
+    rows: list[tuple[str, dict[str, object], str, str, str]] = []
     for name, settings in [("sparse", []), ("dense", ["--set", "head.kind=dense"])]:
         run = folder / name
         shutil.rmtree(run, ignore_errors=True)  # our own output of an earlier quick start
         xmc("train", "quickstart", "--data", data, "--out", run, "--cache", cache, *settings)
         xmc("evaluate", run, "--cache", cache, "--split", "test")
-        rows.append((name, scores(run / "evaluation-test.json"), peak_memory(run), size(run)))
+        values = scores(run / "evaluation-test.json")
+        rows.append((name, values, peak_memory(run), *sizes(run)))
     xmc("evaluate", folder / "sparse", "--cache", cache, "--split", "test", "--baseline")
     baseline = scores(folder / "sparse" / "baseline-test.json")
-    rows.insert(0, ("frequency", baseline, "", ""))
+    rows.insert(0, ("frequency", baseline, "", "", ""))
 
     table = Table(
         "classifier", *METRICS, "peak memory", "model", title="pydoc, test split, per cent"
@@ -76,9 +78,13 @@ def peak_memory(run: Path) -> str:
     return f"{peak / 2**20:,.0f} MiB"
 
 
-def size(run: Path) -> str:
+def sizes(run: Path) -> tuple[str, str]:
+    """Of the whole model on disk, and of its classifier's weights and indices."""
     total = sum(f.stat().st_size for f in (run / "model").rglob("*") if f.is_file())
-    return f"{total / 2**20:,.1f} MiB"
+    with safe_open(run / "model" / "weights.safetensors", framework="np") as file:
+        names = [name for name in file.keys() if name.startswith("head.")]  # noqa: SIM118
+        head = sum(file.get_tensor(name).nbytes for name in names)
+    return f"{total / 2**20:,.1f} MiB", f"{head / 2**20:,.1f} MiB"
 
 
 if __name__ == "__main__":
