@@ -2,9 +2,9 @@
 
     python scripts/bench/million_labels.py [--labels 1000000] [--dim 512] [--fan-in 32]
 
-Bag encoder, AdamW on both sides, SET, two epochs of 12 steps with validation (top-5 of 512 rows over
-all labels) and checkpoints: everything a real run holds. Peak memory is that of the process above
-`import torch`. Appends a JSON line to `scripts/bench/results/million_labels.jsonl`.
+Bag encoder, AdamW on both sides, SET, two epochs of 12 steps with validation (top-5 of 512 rows
+over all labels) and checkpoints: everything a real run holds. Peak memory is that of the process
+above `import torch`. Appends a JSON line to `scripts/bench/results/million_labels.jsonl`.
 """
 
 from __future__ import annotations
