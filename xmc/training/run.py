@@ -18,7 +18,7 @@ from xmc.config import Config, ConfigError, load_recipe, to_dict
 from xmc.data.batches import Dataset, load_dataset, train_validation_split
 from xmc.data.features import fit_features
 from xmc.data.formats import has_split, read_labels
-from xmc.files import write_json
+from xmc.files import check_free, write_json
 from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
 from xmc.training.trainer import Trainer
@@ -41,22 +41,22 @@ def train(
     Args:
         recipe: path of a TOML file, name of a shipped recipe, or a `Config`.
         data: canonical data folder (`trn`, optional `val`, `lbl`).
-        out: run folder; must not exist, unless `resume`.
+        out: run folder; must not exist or be empty, unless `resume`.
         overrides: `section.key=value` settings over the recipe.
         resume: go on from the newest checkpoint in `out`; recipe and data must be the same.
         cache: where encoded features are kept (default `~/.cache/xmc`).
 
     Raises:
         ConfigError, DataError, CheckpointError: bad recipe, data or checkpoint, in one line.
-        FileExistsError: `out` exists and `resume` is False.
+        FileExistsError: `out` holds something and `resume` is False.
         Interrupted: stopped by a signal; a checkpoint was written.
     """
     config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
     data, out = Path(data), Path(out)
     if resume:
         _check_same_run(out, config)
-    elif out.exists():
-        raise FileExistsError(f"{out}: already exists; give another --out, or --resume to go on")
+    else:
+        _check_free(out)
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
@@ -68,7 +68,7 @@ def train(
     if resume:
         _check_same_data(out, record)
     else:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         save_model(model, out / "model")
         write_json(out / "run.json", record)
     trainer = Trainer(model, config, train_set, validation_set, out, show_progress=show_progress)
@@ -121,6 +121,13 @@ def _record(
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _check_free(out: Path) -> None:
+    try:
+        check_free(out)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error}; give another --out, or --resume to go on") from None
 
 
 def _check_same_run(out: Path, config: Config) -> None:
