@@ -7,10 +7,10 @@ import json
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,12 +30,19 @@ def provenance() -> dict[str, Any]:
         "device": f"cpu: {cpu_name()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "numba": numba.__version__,
+        **{name: _version(name) for name in ("numba", "triton")},
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:
