@@ -44,12 +44,10 @@ def main(folder: Path) -> None:
     baseline = scores(folder / "sparse" / "baseline-test.json")
     rows.insert(0, ("frequency", baseline, "", "", ""))
 
-    table = Table(
-        "classifier", *METRICS, "peak memory", "model", title="pydoc, test split, per cent"
-    )
-    for name, values, memory, model in rows:
+    table = Table("%", *METRICS, "peak", "model", "classifier", title="pydoc, test split")
+    for name, values, *memory in rows:
         cells = [f"{100 * float(str(values[metric])):.1f}" for metric in METRICS]
-        table.add_row(name, *cells, memory, model)
+        table.add_row(name, *cells, *memory)
     console = Console()
     console.print(table)
     ratio = float(str(rows[1][1]["P@1"])) / float(str(rows[2][1]["P@1"]))
