@@ -42,9 +42,9 @@ def main(folder: Path) -> None:
         rows.append((name, values, peak_memory(run), *sizes(run)))
     xmc("evaluate", folder / "sparse", "--cache", cache, "--split", "test", "--baseline")
     baseline = scores(folder / "sparse" / "baseline-test.json")
-    rows.insert(0, ("frequency", baseline, "", "", ""))
+    rows.insert(0, ("popular", baseline, "", "", ""))
 
-    table = Table("%", *METRICS, "peak", "model", "classifier", title="pydoc, test split")
+    table = Table("%", *METRICS, "peak MiB", "model MiB", "head MiB", title="pydoc, test")
     for name, values, *memory in rows:
         cells = [f"{100 * float(str(values[metric])):.1f}" for metric in METRICS]
         table.add_row(name, *cells, *memory)
@@ -73,16 +73,16 @@ def scores(path: Path) -> dict[str, object]:
 def peak_memory(run: Path) -> str:
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     peak = max(event["peak_memory_bytes"] for event in events if event["event"] == "step")
-    return f"{peak / 2**20:,.0f} MiB"
+    return f"{peak / 2**20:,.0f}"
 
 
 def sizes(run: Path) -> tuple[str, str]:
-    """Of the whole model on disk, and of its classifier's weights and indices."""
+    """MiB of the whole model on disk, and of its classifier's weights and indices."""
     total = sum(f.stat().st_size for f in (run / "model").rglob("*") if f.is_file())
     with safe_open(run / "model" / "weights.safetensors", framework="np") as file:
         names = [name for name in file.keys() if name.startswith("head.")]  # noqa: SIM118
         head = sum(file.get_tensor(name).nbytes for name in names)
-    return f"{total / 2**20:,.1f} MiB", f"{head / 2**20:,.1f} MiB"
+    return f"{total / 2**20:,.1f}", f"{head / 2**20:,.1f}"
 
 
 if __name__ == "__main__":
