@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from xmc.training.log import read_log
+
 QUERIES = [
     "Concatenate two tensors along a dimension.",
     "Compile a regular expression and split the string by it.",
@@ -71,8 +73,8 @@ def scores(path: Path) -> dict[str, object]:
 
 
 def peak_memory(run: Path) -> str:
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    peak = max(event["peak_memory_bytes"] for event in events if event["event"] == "step")
+    steps = [event for event in read_log(run / "log.jsonl") if event["event"] == "step"]
+    peak = max(event["peak_memory_bytes"] for event in steps)
     return f"{peak / 2**20:,.0f}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import warnings
@@ -176,16 +177,10 @@ def predict(
             for label, score in answer:
                 print(f"  {score:8.4f}  {label}")
         return
-    texts = list[str]()
-
-    def remembered() -> Iterator[str]:
-        for line in _read_texts(jsonl):
-            texts.append(line)
-            yield line
-
-    for answer in predictor.stream(remembered(), k):
+    lines, asked = itertools.tee(_read_texts(jsonl))  # answers come a batch behind the lines
+    for line, answer in zip(lines, predictor.stream(asked, k), strict=True):
         labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
-        print(json.dumps({"text": texts.pop(0), "labels": labels}, ensure_ascii=False))
+        print(json.dumps({"text": line, "labels": labels}, ensure_ascii=False))
 
 
 @app.command()

@@ -166,6 +166,15 @@ def _check_values(
     checks.check_label_range(indices, weight.shape[0])
 
 
+def _written(weight: Tensor, bias: Tensor | None, state: ClassifierState) -> list[Tensor]:
+    """The tensors that a step writes into."""
+    return [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
+
+
+def _contiguous(tensors: list[Tensor]) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
 def _on_cpu(
     x: Tensor,
     weight: Tensor,
@@ -178,9 +187,8 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The compiled step where it has these dtypes and a sparse layer, the reference otherwise."""
     arguments = (x, weight, index, bias, indptr, indices, state, *options)
-    written = [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
-    contiguous = all(tensor.is_contiguous() for tensor in written)
-    if index is None or not contiguous or not checks.compiled_on_cpu(x, *written):
+    written = _written(weight, bias, state)
+    if index is None or not _contiguous(written) or not checks.compiled_on_cpu(x, *written):
         return reference.classifier_step(*arguments)
     from xmc_kernels._cpu import classifier as cpu
 
@@ -199,9 +207,8 @@ def _on_cuda(
 ) -> tuple[Tensor, Tensor]:
     """The Triton step; the reference for float64 and for strided weights or moments."""
     arguments = (x, weight, index, bias, indptr, indices, state, *options)
-    written = [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
-    contiguous = all(tensor.is_contiguous() for tensor in written)
-    if not contiguous or not checks.compiled_on_cuda(x, *written):
+    written = _written(weight, bias, state)
+    if not _contiguous(written) or not checks.compiled_on_cuda(x, *written):
         return reference.classifier_step(*arguments)
     from xmc_kernels._triton import classifier as triton
 
