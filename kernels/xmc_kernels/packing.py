@@ -1,0 +1,79 @@
+"""N:M patterns: a label reads n of every m consecutive inputs, so its index fits log2(m) bits a slot.
+
+Slot k of a row lies in block k // n and names input `(k // n) * m + local`; only `local` is stored,
+in bits [k b, (k + 1) b) of the row's bytes, lowest bit first, b = log2(m). A row takes
+ceil(F b / 8) bytes, the last bits zero. F = n D / m. Source of the pattern: SRigL, arXiv 2305.02299.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCKS = (4, 8, 16, 32)
+"""The m that exist."""
+_TILE = 2**20  # slots packed or unpacked at a time: their bits take eight times as much
+
+
+def check_pattern(pattern: tuple[int, int], fan_in: int, in_features: int) -> None:
+    """Raise ValueError unless n of every m consecutive inputs make this fan-in."""
+    n, m = pattern
+    if m not in BLOCKS:
+        raise ValueError(f"expected pattern (n, m) with m of {BLOCKS}, got m = {m}")
+    if not 1 <= n <= m:
+        raise ValueError(f"expected pattern (n, m) with n in [1, {m}], got n = {n}")
+    if in_features % m:
+        raise ValueError(f"expected pattern ({n}, {m}) to divide {in_features} features by {m}")
+    if fan_in * m != n * in_features:
+        raise ValueError(
+            f"expected fan-in {n * in_features // m} for {n} of every {m} of {in_features} "
+            f"features, got {fan_in}"
+        )
+
+
+def slot_bits(pattern: tuple[int, int]) -> int:
+    """b = log2(m), the bits of a slot."""
+    return pattern[1].bit_length() - 1
+
+
+def packed_bytes(fan_in: int, pattern: tuple[int, int]) -> int:
+    """Bytes of a row."""
+    return -(-fan_in * slot_bits(pattern) // 8)
+
+
+def pack_index(index: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """index [R, F] of inputs, sorted per row, as bytes [R, P] uint8.
+
+    Trusts that each run of n slots lies in its block of m inputs: see `checks.validate_index`.
+    """
+    bits = slot_bits(pattern)
+    num_rows, fan_in = index.shape
+    width = packed_bytes(fan_in, pattern)
+    packed = torch.empty(num_rows, width, dtype=torch.uint8, device=index.device)
+    shifts = torch.arange(bits, device=index.device)
+    weights = 2 ** torch.arange(8, device=index.device)
+    step = max(1, _TILE // fan_in)
+    for start in range(0, num_rows, step):
+        local = index[start : start + step].to(torch.int32) % pattern[1]
+        spread = (local.unsqueeze(2) >> shifts & 1).flatten(1)
+        spread = torch.nn.functional.pad(spread, (0, 8 * width - fan_in * bits))
+        packed[start : start + step] = (spread.view(-1, width, 8) * weights).sum(2)
+    return packed
+
+
+def unpack_index(packed: Tensor, pattern: tuple[int, int], fan_in: int) -> Tensor:
+    """The inputs [R, F] int32 of packed rows [R, P]."""
+    n, m = pattern
+    bits = slot_bits(pattern)
+    first = torch.arange(fan_in, device=packed.device) * bits
+    base = torch.arange(fan_in, dtype=torch.int32, device=packed.device) // n * m
+    # A slot of up to 5 bits lies in two bytes; behind the last byte there is none to read.
+    low, high = first // 8, (first // 8 + 1).clamp(max=packed.shape[1] - 1)
+    shift = (first % 8).to(torch.int32)
+    out = torch.empty(packed.shape[0], fan_in, dtype=torch.int32, device=packed.device)
+    step = max(1, _TILE // fan_in)
+    for start in range(0, len(packed), step):
+        rows = packed[start : start + step].to(torch.int32)
+        words = rows[:, low] | rows[:, high] << 8
+        out[start : start + step] = (words >> shift & (m - 1)) + base
+    return out
