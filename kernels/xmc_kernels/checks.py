@@ -6,14 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xmc_kernels import float8
+from xmc_kernels.layer import Layer
+from xmc_kernels.packing import check_pattern, packed_bytes, unpack_index
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.uint16, torch.int32)
 
 
-def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices of a layer's arguments; reads no values, so it can be traced."""
+def check_layer(x: Tensor, layer: Layer) -> None:
+    """Shapes, dtypes and devices of a layer and its input; reads no values, so it can be traced."""
+    weight, bias = layer.weight, layer.bias
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in FLOATS:
+        scaled = name == "weight" and layer.scale is not None
+        if tensor is not None and not scaled and tensor.dtype not in FLOATS:
             raise TypeError(
                 f"expected {name} of float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
@@ -32,19 +38,49 @@ def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor |
         raise ValueError(
             f"expected bias of shape [{num_labels}] to match weight, got {list(bias.shape)}"
         )
-    if index is None:
-        if x.shape[1] != fan_in:
-            raise ValueError(
-                f"expected x with {fan_in} features to match the dense weight, got {x.shape[1]}"
-            )
+    if layer.scale is not None:
+        _check_scale(x, weight, layer.scale)
+    if layer.index is not None:
+        _check_index(x, layer, layer.index)
         return
-    if index.dtype not in INDEX_DTYPES:
+    if layer.pattern is not None:
+        raise ValueError(f"expected an index for pattern {layer.pattern}, got None")
+    if x.shape[1] != fan_in:
+        raise ValueError(
+            f"expected x with {fan_in} features to match the dense weight, got {x.shape[1]}"
+        )
+
+
+def _check_scale(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    if weight.dtype != float8.DTYPE or scale.dtype != torch.float32:
+        raise TypeError(
+            "expected weight of float8_e4m3fn and scale of float32, "
+            f"got {weight.dtype} and {scale.dtype}"
+        )
+    if scale.shape != (len(weight),) or scale.device != x.device:
+        raise ValueError(
+            f"expected scale of shape [{len(weight)}] on {x.device} to match weight, "
+            f"got {list(scale.shape)} on {scale.device}"
+        )
+
+
+def _check_index(x: Tensor, layer: Layer, index: Tensor) -> None:
+    num_labels, fan_in = layer.weight.shape
+    width = fan_in
+    if layer.pattern is not None:
+        check_pattern(layer.pattern, fan_in, x.shape[1])
+        width = packed_bytes(fan_in, layer.pattern)
+        if index.dtype != torch.uint8:
+            raise TypeError(
+                f"expected index of uint8 for pattern {layer.pattern}, got {index.dtype}"
+            )
+    elif index.dtype not in INDEX_DTYPES:
         raise TypeError(f"expected index of uint16 or int32, got {index.dtype}")
     if index.device != x.device:
         raise ValueError(f"expected index on {x.device} like x, got {index.device}")
-    if index.dim() != 2 or index.shape[1] != fan_in or index.shape[0] == 0:
+    if index.dim() != 2 or index.shape[1] != width or index.shape[0] == 0:
         raise ValueError(
-            f"expected index of shape [{num_labels}, {fan_in}] to match weight, "
+            f"expected index of shape [{num_labels}, {width}] to match weight, "
             f"got {list(index.shape)}"
         )
     if num_labels % index.shape[0]:
@@ -56,15 +92,26 @@ def check_fan_in(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor |
         raise ValueError(f"expected fan-in of at most {x.shape[1]} features, got {fan_in}")
 
 
-def compiled_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the CPU kernels take these dtypes: x of float32 or bfloat16, all others float32."""
-    wanted = all(t is None or t.dtype == torch.float32 for t in others)
-    return wanted and x.dtype in (torch.float32, torch.bfloat16)
+def compiled_on_cpu(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
+    """Whether the CPU kernels take this: a sparse layer, x of float32 or bfloat16.
+
+    All other tensors are float32.
+    """
+    wanted = all(t is None or t.dtype == torch.float32 for t in (layer.weight, layer.bias, *others))
+    sparse = layer.index is not None and layer.plain
+    return wanted and sparse and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def compiled_on_cuda(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these dtypes: anything but float64."""
-    return all(t is None or t.dtype != torch.float64 for t in tensors)
+def compiled_on_cuda(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
+    """Whether the Triton kernels take this: anything but float64."""
+    tensors = (x, layer.weight, layer.bias, *others)
+    return layer.plain and all(t is None or t.dtype != torch.float64 for t in tensors)
+
+
+def written_in_place(layer: Layer, *others: Tensor | None) -> bool:
+    """Whether a compiled step can write into these: everything it updates is contiguous."""
+    tensors = (layer.weight, layer.bias, layer.scale, *others)
+    return all(t is None or t.is_contiguous() for t in tensors)
 
 
 def check_finite(x: Tensor) -> None:
@@ -116,18 +163,34 @@ def check_label_range(indices: Tensor, num_labels: int) -> None:
         raise ValueError(f"expected labels in [0, {num_labels}), got {low} to {high}")
 
 
-def validate_index(index: Tensor, in_features: int) -> None:
-    """Raise unless each row of index [L/G, F] is sorted, distinct and in [0, in_features).
+def validate_index(
+    index: Tensor,  # [L/G, F], or [L/G, P] uint8 with a pattern
+    in_features: int,
+    pattern: tuple[int, int] | None = None,
+) -> None:
+    """Raise unless each row of index is sorted, distinct and in [0, in_features).
 
     The operations rely on this and do not repeat it: call it where an index enters the program.
     """
-    if index.dtype not in INDEX_DTYPES:
+    if pattern is None and index.dtype not in INDEX_DTYPES:
         raise TypeError(f"expected index of uint16 or int32, got {index.dtype}")
+    if pattern is not None and index.dtype != torch.uint8:
+        raise TypeError(f"expected index of uint8 for pattern {pattern}, got {index.dtype}")
     if index.dim() != 2 or 0 in index.shape:
         raise ValueError(f"expected a non-empty index of shape [L/G, F], got {list(index.shape)}")
-    step = max(1, 2**22 // index.shape[1])
+    fan_in = index.shape[1]
+    if pattern is not None:
+        fan_in = pattern[0] * in_features // pattern[1]
+        check_pattern(pattern, fan_in, in_features)
+        if index.shape[1] != packed_bytes(fan_in, pattern):
+            raise ValueError(
+                f"expected rows of {packed_bytes(fan_in, pattern)} bytes for pattern {pattern} of "
+                f"{in_features} features, got {index.shape[1]}"
+            )
+    step = max(1, 2**22 // fan_in)
     for start in range(0, index.shape[0], step):
-        wide = index[start : start + step].to(torch.int32)
+        rows = index[start : start + step]
+        wide = rows.to(torch.int32) if pattern is None else unpack_index(rows, pattern, fan_in)
         low, high = (int(v) for v in torch.aminmax(wide))
         if low < 0 or high >= in_features:
             raise ValueError(f"expected index values in [0, {in_features}), got {low} to {high}")

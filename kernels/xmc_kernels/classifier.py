@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from xmc_kernels import checks
 from xmc_kernels._reference import classifier as reference
-from xmc_kernels.update import ClassifierState, UpdateRule, make_state
+from xmc_kernels.layer import Layer
+from xmc_kernels.update import ClassifierState, UpdateRule, make_state, moment_dtype
 
 __all__ = [
     "ClassifierState",
@@ -32,6 +33,8 @@ def classifier_step_(
     indptr: Tensor,  # [B+1] int64, the positives of each row as CSR
     indices: Tensor,  # [nnz] int32
     *,
+    pattern: tuple[int, int] | None = None,
+    scale: Tensor | None = None,  # [L] float32
     loss: str,
     rule: UpdateRule,
     state: ClassifierState,
@@ -52,12 +55,14 @@ def classifier_step_(
     `grad_scale` is 1 / rows of the whole optimizer step. `update=False` adds the gradients to
     `state.grad_weight` and `state.grad_bias` (made at first use, [L, F]) and leaves the weights;
     `update=True` applies the sum and drops it, so accumulation is exact. bfloat16 weights are
-    rounded stochastically: `rounding.py`, keyed by `seed`, step and position.
+    rounded stochastically: `rounding.py`, keyed by `seed`, step and position. `pattern` and
+    `scale` as in `fan_in_linear`; float8 weights (experimental) are rounded stochastically too,
+    and their scales written in place.
 
     Raises ValueError or TypeError where arguments do not fit together, on labels out of range and
     on features that are not finite (before anything is written).
     """
-    _check(x, weight, index, bias, indptr, indices, loss)
+    _check(x, Layer(weight, index, bias, pattern, scale), indptr, indices, loss)
     if step < 1:
         raise ValueError(f"expected step from 1 on, got {step}")
     _check_state(weight, bias, rule, state)
@@ -69,6 +74,8 @@ def classifier_step_(
         weight,
         index,
         bias,
+        pattern,
+        scale,
         indptr,
         indices,
         state.weight_m,
@@ -100,6 +107,8 @@ def classifier_loss_and_grad(
     indptr: Tensor,  # [B+1] int64
     indices: Tensor,  # [nnz] int32
     *,
+    pattern: tuple[int, int] | None = None,
+    scale: Tensor | None = None,  # [L] float32
     loss: str,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [] float32, [B, D], [L, F], [L]
@@ -107,22 +116,15 @@ def classifier_loss_and_grad(
 
     Holds an [L, F] gradient. Without a bias its gradient is that of a bias of zeros.
     """
-    _check(x, weight, index, bias, indptr, indices, loss)
+    _check(x, Layer(weight, index, bias, pattern, scale), indptr, indices, loss)
     if bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    return _classifier_loss_and_grad(x, weight, index, bias, indptr, indices, loss, grad_scale)
+        bias = torch.zeros(len(weight), dtype=_gradient_dtype(weight), device=weight.device)
+    layer = (weight, index, bias, pattern, scale)
+    return _classifier_loss_and_grad(x, *layer, indptr, indices, loss, grad_scale)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    loss: str,
-) -> None:
-    checks.check_fan_in(x, weight, index, bias)
+def _check(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, loss: str) -> None:
+    checks.check_layer(x, layer)
     checks.check_rows(indptr, indices, x.shape[0])
     if loss not in LOSSES:
         raise ValueError(f"expected a loss of {', '.join(LOSSES)}, got {loss!r}")
@@ -147,72 +149,44 @@ def _check_state(
             )
 
 
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """What a gradient is returned in: the weight's dtype, float32 for float8."""
+    return torch.float32 if weight.itemsize == 1 else weight.dtype
+
+
 def _zeros(like: Tensor) -> Tensor:
     """Zeros to add gradients up in, float32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+    return torch.zeros(like.shape, dtype=moment_dtype(like), device=like.device)
 
 
-def _check_values(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-) -> None:
+def _check_values(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor) -> None:
     checks.check_finite(x)
     checks.check_rows_values(indptr, indices)
-    checks.check_label_range(indices, weight.shape[0])
-
-
-def _written(weight: Tensor, bias: Tensor | None, state: ClassifierState) -> list[Tensor]:
-    """The tensors that a step writes into."""
-    return [tensor for tensor in (weight, bias, *vars(state).values()) if tensor is not None]
-
-
-def _contiguous(tensors: list[Tensor]) -> bool:
-    return all(tensor.is_contiguous() for tensor in tensors)
+    checks.check_label_range(indices, layer.num_labels)
 
 
 def _on_cpu(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    state: ClassifierState,
-    *options: Any,
+    x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, state: ClassifierState, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """The compiled step where it has these dtypes and a sparse layer, the reference otherwise."""
-    arguments = (x, weight, index, bias, indptr, indices, state, *options)
-    written = _written(weight, bias, state)
-    if index is None or not _contiguous(written) or not checks.compiled_on_cpu(x, *written):
-        return reference.classifier_step(*arguments)
+    memory = vars(state).values()
+    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cpu(x, layer, *memory)):
+        return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._cpu import classifier as cpu
 
-    return cpu.classifier_step(*arguments[:-1])  # no seed: float32 needs no rounding
+    return cpu.classifier_step(x, layer, indptr, indices, state, *options)
 
 
 def _on_cuda(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    state: ClassifierState,
-    *options: Any,
+    x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, state: ClassifierState, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """The Triton step; the reference for float64 and for strided weights or moments."""
-    arguments = (x, weight, index, bias, indptr, indices, state, *options)
-    written = _written(weight, bias, state)
-    if not _contiguous(written) or not checks.compiled_on_cuda(x, *written):
-        return reference.classifier_step(*arguments)
+    memory = vars(state).values()
+    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cuda(x, layer, *memory)):
+        return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._triton import classifier as triton
 
-    return triton.classifier_step(*arguments)
+    return triton.classifier_step(x, layer, indptr, indices, state, *options)
 
 
 @torch.library.custom_op(
@@ -220,6 +194,7 @@ def _on_cuda(
     mutates_args=(
         "weight",
         "bias",
+        "scale",
         "weight_m",
         "weight_v",
         "bias_m",
@@ -233,6 +208,8 @@ def _classifier_step(
     weight: Tensor,
     index: Tensor | None,
     bias: Tensor | None,
+    pattern: Sequence[int] | None,
+    scale: Tensor | None,
     indptr: Tensor,
     indices: Tensor,
     weight_m: Tensor | None,
@@ -252,27 +229,27 @@ def _classifier_step(
 ) -> tuple[Tensor, Tensor]:
     return _step(
         reference.classifier_step,
-        (x, weight, index, bias, indptr, indices),
+        (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices),
         ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
         *(loss, kind, constants, lr, step, grad_scale, update, seed),
     )
 
 
 @_classifier_step.register_kernel("cpu")
-def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    tensors = (x, weight, index, bias, indptr, indices)
+def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
     return _step(_on_cpu, tensors, ClassifierState(*rest[:6]), *rest[6:])
 
 
 @_classifier_step.register_kernel("cuda")
-def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    tensors = (x, weight, index, bias, indptr, indices)
+def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
     return _step(_on_cuda, tensors, ClassifierState(*rest[:6]), *rest[6:])
 
 
 def _step(
     backend: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
+    tensors: tuple[Tensor, Layer, Tensor, Tensor],
     state: ClassifierState,
     loss: str,
     kind: str,
@@ -300,36 +277,42 @@ def _classifier_loss_and_grad(
     weight: Tensor,
     index: Tensor | None,
     bias: Tensor,
+    pattern: Sequence[int] | None,
+    scale: Tensor | None,
     indptr: Tensor,
     indices: Tensor,
     loss: str,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x, weight, index, bias, indptr, indices)
+    tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
     return _gradients(reference.classifier_step, tensors, loss, grad_scale)
 
 
 @_classifier_loss_and_grad.register_kernel("cpu")
-def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return _gradients(_on_cpu, (x, weight, index, bias, indptr, indices), *rest)
+def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest):  # type: ignore[no-untyped-def]
+    tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
+    return _gradients(_on_cpu, tensors, *rest)
 
 
 @_classifier_loss_and_grad.register_kernel("cuda")
-def _(x, weight, index, bias, indptr, indices, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return _gradients(_on_cuda, (x, weight, index, bias, indptr, indices), *rest)
+def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest):  # type: ignore[no-untyped-def]
+    tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
+    return _gradients(_on_cuda, tensors, *rest)
 
 
 def _gradients(
     backend: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor, Layer, Tensor, Tensor],
     loss: str,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One accumulating step from zero."""
     _check_values(*tensors)
+    weight, bias = tensors[1].weight, tensors[1].bias
+    assert bias is not None
     state = ClassifierState()
-    state.grad_weight = d_weight = torch.zeros_like(tensors[1])
-    state.grad_bias = d_bias = torch.zeros_like(tensors[3])
+    state.grad_weight = d_weight = torch.zeros_like(weight, dtype=_gradient_dtype(weight))
+    state.grad_bias = d_bias = torch.zeros_like(bias)
     value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False, 0)
     return value, d_x, d_weight, d_bias
 
@@ -340,6 +323,6 @@ def _(x, weight, index, bias, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:  
     return (
         value,
         x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape, dtype=_gradient_dtype(weight)),
         bias.new_empty(bias.shape),
     )

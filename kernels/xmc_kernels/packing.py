@@ -1,8 +1,8 @@
-"""N:M patterns: a label reads n of every m consecutive inputs, so its index fits log2(m) bits a slot.
+"""N:M patterns: n of every m consecutive inputs, so that an index fits log2(m) bits a slot.
 
-Slot k of a row lies in block k // n and names input `(k // n) * m + local`; only `local` is stored,
-in bits [k b, (k + 1) b) of the row's bytes, lowest bit first, b = log2(m). A row takes
-ceil(F b / 8) bytes, the last bits zero. F = n D / m. Source of the pattern: SRigL, arXiv 2305.02299.
+Slot k of a row lies in block k // n and names input `(k // n) * m + local`; only `local` is
+stored, in bits [k b, (k + 1) b) of the row's bytes, lowest bit first, b = log2(m). A row takes
+ceil(F b / 8) bytes, the last bits zero. F = n D / m. Source: SRigL, arXiv 2305.02299.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_pattern(pattern: tuple[int, int], fan_in: int, in_features: int) -> No
 
 
 def slot_bits(pattern: tuple[int, int]) -> int:
-    """b = log2(m), the bits of a slot."""
+    """B = log2(m), the bits of a slot."""
     return pattern[1].bit_length() - 1
 
 
@@ -42,7 +42,7 @@ def packed_bytes(fan_in: int, pattern: tuple[int, int]) -> int:
 
 
 def pack_index(index: Tensor, pattern: tuple[int, int]) -> Tensor:
-    """index [R, F] of inputs, sorted per row, as bytes [R, P] uint8.
+    """Index [R, F] of inputs, sorted per row, as bytes [R, P] uint8.
 
     Trusts that each run of n slots lies in its block of m inputs: see `checks.validate_index`.
     """

@@ -35,10 +35,10 @@ def stream_key(seed: int, step: int, stream: int) -> int:
     return key - 2**32 if key >= 2**31 else key
 
 
-def noise(key: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """16 random bits, int64 in [0, 65536), per broadcast pair of row and column."""
+def noise(key: int, rows: Tensor, columns: Tensor, bits: int = 16) -> Tensor:
+    """Random bits, int64 in [0, 2^bits), per broadcast pair of row and column."""
     row = mix((rows.long() ^ key) & _MASK)
-    return mix((row ^ (columns.long() * 0x9E3779B9)) & _MASK) >> 16
+    return mix((row ^ (columns.long() * 0x9E3779B9)) & _MASK) >> (32 - bits)
 
 
 def stochastic_round(value: Tensor, bits: Tensor) -> Tensor:

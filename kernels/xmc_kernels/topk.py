@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xmc_kernels import checks
 from xmc_kernels._reference import topk as reference
+from xmc_kernels.layer import Layer
 
 
 @torch.no_grad()
@@ -17,10 +21,14 @@ def fan_in_topk(
     bias: Tensor | None,  # [L]
     k: int,
     *,
+    pattern: tuple[int, int] | None = None,
+    scale: Tensor | None = None,  # [L] float32
     exclude: tuple[Tensor, Tensor] | None = None,  # indptr [B+1] int64, indices [nnz] int32
     label_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # scores [B, k] float32, labels [B, k] int64
     """The k largest of `x @ dense(weight, index).T + bias` per row, best first.
+
+    `pattern` and `scale` as in `fan_in_linear`.
 
     Ties go to the lower label. Labels come back as row of weight + label_offset, and `exclude`
     (sorted within a row) holds ids of that kind, which its row never gets. Where fewer than k
@@ -28,17 +36,33 @@ def fan_in_topk(
 
     Raises ValueError or TypeError where arguments do not fit together or x is not finite.
     """
-    checks.check_fan_in(x, weight, index, bias)
+    checks.check_layer(x, Layer(weight, index, bias, pattern, scale))
     if k < 1:
         raise ValueError(f"expected k of at least 1, got {k}")
     if label_offset < 0 or label_offset + weight.shape[0] > 2**31:
         raise ValueError(
             f"expected label ids below 2^31, got {weight.shape[0]} labels from {label_offset} on"
         )
-    if exclude is None:
-        return _fan_in_topk(x, weight, index, bias, k, None, None, label_offset)
-    checks.check_rows(*exclude, x.shape[0], "exclude")
-    return _fan_in_topk(x, weight, index, bias, k, *exclude, label_offset)
+    if exclude is not None:
+        checks.check_rows(*exclude, x.shape[0], "exclude")
+    layer = (weight, index, bias, pattern, scale)
+    return _fan_in_topk(x, *layer, k, *(exclude or (None, None)), label_offset)
+
+
+def _on_cpu(x: Tensor, layer: Layer, *options: Any) -> tuple[Tensor, Tensor]:
+    if not checks.compiled_on_cpu(x, layer):
+        return reference.fan_in_topk(x, layer, *options)
+    from xmc_kernels._cpu import topk as cpu
+
+    return cpu.fan_in_topk(x, layer, *options)
+
+
+def _on_cuda(x: Tensor, layer: Layer, *options: Any) -> tuple[Tensor, Tensor]:
+    if not checks.compiled_on_cuda(x, layer):
+        return reference.fan_in_topk(x, layer, *options)
+    from xmc_kernels._triton import topk as triton
+
+    return triton.fan_in_topk(x, layer, *options)
 
 
 @torch.library.custom_op("xmc::fan_in_topk", mutates_args=())
@@ -47,51 +71,28 @@ def _fan_in_topk(
     weight: Tensor,
     index: Tensor | None,
     bias: Tensor | None,
+    pattern: Sequence[int] | None,
+    scale: Tensor | None,
     k: int,
     exclude_indptr: Tensor | None,
     exclude_indices: Tensor | None,
     label_offset: int,
 ) -> tuple[Tensor, Tensor]:
     exclude = _check_values(x, exclude_indptr, exclude_indices)
-    return reference.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+    layer = Layer.of(weight, index, bias, pattern, scale)
+    return reference.fan_in_topk(x, layer, k, exclude, label_offset)
 
 
 @_fan_in_topk.register_kernel("cpu")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    exclude_indptr: Tensor | None,
-    exclude_indices: Tensor | None,
-    label_offset: int,
-) -> tuple[Tensor, Tensor]:
-    exclude = _check_values(x, exclude_indptr, exclude_indices)
-    if index is None or not checks.compiled_on_cpu(x, weight, bias):
-        return reference.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
-    from xmc_kernels._cpu import topk as cpu
-
-    return cpu.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+def _(x, weight, index, bias, pattern, scale, k, indptr, indices, label_offset):  # type: ignore[no-untyped-def]
+    layer = Layer.of(weight, index, bias, pattern, scale)
+    return _on_cpu(x, layer, k, _check_values(x, indptr, indices), label_offset)
 
 
 @_fan_in_topk.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    exclude_indptr: Tensor | None,
-    exclude_indices: Tensor | None,
-    label_offset: int,
-) -> tuple[Tensor, Tensor]:
-    exclude = _check_values(x, exclude_indptr, exclude_indices)
-    if not checks.compiled_on_cuda(x, weight, bias):
-        return reference.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
-    from xmc_kernels._triton import topk as triton
-
-    return triton.fan_in_topk(x, weight, index, bias, k, exclude, label_offset)
+def _(x, weight, index, bias, pattern, scale, k, indptr, indices, label_offset):  # type: ignore[no-untyped-def]
+    layer = Layer.of(weight, index, bias, pattern, scale)
+    return _on_cuda(x, layer, k, _check_values(x, indptr, indices), label_offset)
 
 
 def _check_values(
@@ -105,6 +106,6 @@ def _check_values(
 
 
 @_fan_in_topk.register_fake
-def _(x, weight, index, bias, k, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _(x, weight, index, bias, pattern, scale, k, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)

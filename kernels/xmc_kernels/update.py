@@ -59,14 +59,18 @@ class ClassifierState:
     grad_bias: Tensor | None = None  # [L]
 
 
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """float64 for a parameter of float64, float32 for all others."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
 def make_state(weight: Tensor, bias: Tensor | None, rule: UpdateRule) -> ClassifierState:
     """Zero moments for `rule`: like the weights, in float32 at least."""
 
     def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
         if like is None or not wanted:
             return None
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+        return torch.zeros(like.shape, dtype=moment_dtype(like), device=like.device)
 
     return ClassifierState(
         weight_m=zeros(weight, rule.keeps_mean),

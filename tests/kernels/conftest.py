@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from xmc_kernels.layer import Layer
+from xmc_kernels.packing import pack_index
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -24,6 +27,10 @@ class Problem:
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.weight, self.index, self.bias
+
+    @property
+    def as_layer(self) -> Layer:
+        return Layer(self.weight, self.index, self.bias)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -68,6 +75,23 @@ def problem() -> Callable[..., Problem]:
             indptr=indptr,
             indices=positive.nonzero()[:, 1].int(),
         )
+
+    return make
+
+
+@pytest.fixture
+def patterned(problem) -> Callable[..., tuple[Problem, Tensor]]:
+    """`patterned(B, D, L, (n, m), group=1)`: a problem with a packed index, and the plain index."""
+
+    def make(
+        B: int, D: int, L: int, pattern: tuple[int, int], group: int = 1
+    ) -> tuple[Problem, Tensor]:
+        n, m = pattern
+        g = torch.Generator().manual_seed(D + L + n)
+        local = torch.rand(L // group, D // m, m, generator=g).argsort(2)[:, :, :n].sort(2).values
+        index = (local + torch.arange(0, D, m)[:, None]).flatten(1).int()
+        plain = problem(B, D, L, n * D // m, group)
+        return replace(plain, index=pack_index(index, pattern)), index
 
     return make
 

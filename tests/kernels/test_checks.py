@@ -7,6 +7,7 @@ import torch
 
 from xmc_kernels import checks
 from xmc_kernels.fan_in import fan_in_linear
+from xmc_kernels.layer import Layer
 
 
 def layer(**changes):
@@ -75,7 +76,7 @@ def test_layer_arguments(changes, error, message) -> None:
 
 def test_dense_layer_needs_as_many_features() -> None:
     with pytest.raises(ValueError, match=r"expected x with 3 features to match .* got 8"):
-        checks.check_fan_in(torch.ones(2, 8), torch.ones(6, 3), None, None)
+        checks.check_layer(torch.ones(2, 8), Layer(torch.ones(6, 3), None, None))
 
 
 @pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])

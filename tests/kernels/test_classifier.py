@@ -306,7 +306,8 @@ def test_two_python_threads_train_two_layers_at_once(problem, two_threads) -> No
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_operator_contract(sparse, problem) -> None:
     p = problem(4, 6, 10, 6)
-    tensors = (p.x, p.weight, p.index if sparse else None, p.bias, p.indptr, p.indices)
+    index = p.index if sparse else None
+    tensors = (p.x, p.weight, index, p.bias, None, None, p.indptr, p.indices)
     state = make_state(p.weight, p.bias, UpdateRule("adamw"))
     moments = (state.weight_m, state.weight_v, state.bias_m, state.bias_v)
     numbers = ([0.9, 0.9, 0.99, 1e-8, 0.1], 0.1, 1, 0.25)

@@ -59,8 +59,8 @@ def test_reference_equals_the_dense_layer(shape, problem, oracle) -> None:
     p = problem(*shape).to(torch.float64)
     d_out = torch.randn(shape[0], shape[2], dtype=torch.float64)
     dense = oracle.dense_weight(p.weight, p.index, shape[1])
-    torch.testing.assert_close(reference.fan_in_linear(*p.layer), p.x @ dense.T + p.bias)
-    d_x, d_weight = reference.fan_in_linear_backward(d_out, *p.layer[:3])
+    torch.testing.assert_close(reference.fan_in_linear(p.x, p.as_layer), p.x @ dense.T + p.bias)
+    d_x, d_weight = reference.fan_in_linear_backward(d_out, p.x, p.as_layer)
     torch.testing.assert_close(d_x, d_out @ dense)
     torch.testing.assert_close(d_weight, oracle.at_index(d_out.T @ p.x, p.index))
 

@@ -130,7 +130,7 @@ def test_order_keys_sort_like_scores_then_labels() -> None:
 def test_operator_contract(problem) -> None:
     p = problem(4, 6, 10, 3)
     for exclude in ((None, None), (p.indptr, p.indices)):
-        arguments = (*p.layer, 2, *exclude, 5)
+        arguments = (*p.layer, None, None, 2, *exclude, 5)
         torch.library.opcheck(torch.ops.xmc.fan_in_topk.default, arguments)
 
 

@@ -34,6 +34,7 @@ from xmc_kernels._cpu.vector import (
     next_share,
     splat,
 )
+from xmc_kernels.layer import Layer
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule
 
 LOSSES = ("bce", "squared_hinge")
@@ -150,9 +151,7 @@ def _positives(indptr: Tensor, indices: Tensor, num_labels: int, width: int) -> 
 
 def classifier_step(
     x: Tensor,  # [B, D] float32 or bfloat16
-    weight: Tensor,  # [L, F] float32, contiguous
-    index: Tensor,  # [L/G, F]
-    bias: Tensor | None,  # [L] float32
+    layer: Layer,  # float32, contiguous
     indptr: Tensor,  # [B+1]
     indices: Tensor,  # [nnz]
     state: ClassifierState,
@@ -162,6 +161,7 @@ def classifier_step(
     step: int,
     grad_scale: float,
     update: bool,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     num_rows = len(x)
@@ -169,15 +169,15 @@ def classifier_step(
     tiles = to_tiles(x, width)
     scale = np.zeros(len(tiles) * width, np.float32)  # 0 in padding
     scale[:num_rows] = grad_scale
-    keys, columns = _positives(indptr, indices, len(weight), width)
-    shares = threads.num_shares(len(weight))
-    layer = scores.layer_fields(tiles, weight, index, bias, shares)
-    scratch = threads.zeros(shares, _scratch_size(width, layer["chunk"], layer["fan_in"]))
+    keys, columns = _positives(indptr, indices, layer.num_labels, width)
+    shares = threads.num_shares(layer.num_labels)
+    fields = scores.layer_fields(tiles, layer, shares)
+    scratch = threads.zeros(shares, _scratch_size(width, fields["chunk"], fields["fan_in"]))
     d_x = threads.zeros(shares, *tiles.shape)
     value = np.zeros(shares)
     arguments = threads.record(
         ARGUMENTS,
-        **layer,
+        **fields,
         **vars(state),
         **constants(rule, lr, step),
         scale=scale,
@@ -192,7 +192,7 @@ def classifier_step(
         apply=update,
         rule=RULES.index(rule.kind),
     )
-    threads.launch(_kernel(width, scores.index_kind(index)), arguments)
-    scores.raise_bad_index(index, layer)
+    threads.launch(_kernel(width, scores.index_kind(layer)), arguments)
+    scores.raise_bad_index(layer, fields)
     total = torch.tensor(value.sum(), dtype=torch.float32)
     return total, from_tiles(d_x, num_rows).to(x.dtype)

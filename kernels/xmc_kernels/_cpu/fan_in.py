@@ -15,6 +15,7 @@ from xmc_kernels._cpu.jit import kernel
 from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
 from xmc_kernels._cpu.tiles import from_tiles, tile_width, to_tiles, transpose
 from xmc_kernels._cpu.vector import at_address, fill, load, next_share, splat, store
+from xmc_kernels.layer import Layer
 
 _ZERO = np.float32(0)
 _BLOCK = 64  # labels whose scores are transposed at once
@@ -111,47 +112,44 @@ def _backward_kernel(W, kind):
 
 def fan_in_linear(
     x: Tensor,  # [B, D] float32 or bfloat16
-    weight: Tensor,  # [L, F] float32
-    index: Tensor,  # [L/G, F]
-    bias: Tensor | None,  # [L] float32
+    layer: Layer,  # float32, contiguous
 ) -> Tensor:  # [B, L]
     """`x @ dense(weight, index).T + bias` in x's dtype."""
     width = tile_width(len(x))
-    shares = threads.num_shares(len(weight))
-    layer = scores.layer_fields(to_tiles(x, width), weight, index, bias, shares)
+    shares = threads.num_shares(layer.num_labels)
+    fields = scores.layer_fields(to_tiles(x, width), layer, shares)
     # numpy's large arrays come in huge pages, torch's in small ones that each cost a fault.
-    out = np.empty((len(x), len(weight)), np.float32)
+    out = np.empty((len(x), layer.num_labels), np.float32)
     block = threads.zeros(shares, _BLOCK, width)
-    arguments = threads.record(FORWARD, **layer, block=block, out=out, num_rows=len(x))
-    threads.launch(_forward_kernel(width, scores.index_kind(index)), arguments)
-    scores.raise_bad_index(index, layer)
+    arguments = threads.record(FORWARD, **fields, block=block, out=out, num_rows=len(x))
+    threads.launch(_forward_kernel(width, scores.index_kind(layer)), arguments)
+    scores.raise_bad_index(layer, fields)
     return torch.from_numpy(out).to(x.dtype)
 
 
 def fan_in_linear_backward(
     grad: Tensor,  # [B, L]
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
+    layer: Layer,
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
     """Gradients in x and weight; the shares' parts of d_x are added in a fixed order."""
     width = tile_width(len(x))
     tiles = to_tiles(x, width)
-    shares = threads.num_shares(len(weight))
-    layer = scores.layer_fields(tiles, weight, index, None, shares)
+    shares = threads.num_shares(layer.num_labels)
+    fields = scores.layer_fields(tiles, layer, shares)
     grad = grad.float().contiguous()
-    d_weight = torch.empty(weight.shape)
+    d_weight = torch.empty(layer.weight.shape)
     d_x = threads.zeros(shares, *tiles.shape)
     block = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(
         BACKWARD,
-        **layer,
+        **fields,
         block=block,
         grad=grad,
         d_weight=d_weight,
         d_x=d_x,
         num_rows=len(x),
     )
-    threads.launch(_backward_kernel(width, scores.index_kind(index)), arguments)
-    scores.raise_bad_index(index, layer)
+    threads.launch(_backward_kernel(width, scores.index_kind(layer)), arguments)
+    scores.raise_bad_index(layer, fields)
     return from_tiles(d_x, len(x)).to(x.dtype), d_weight

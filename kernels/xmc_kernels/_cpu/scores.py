@@ -6,48 +6,48 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from torch import Tensor
 
 from xmc_kernels._cpu.tiles import chunk_labels
 from xmc_kernels._cpu.vector import add, fill, fma, load, width_of
+from xmc_kernels.layer import Layer
 
 # Fields of every kernel's record, beside those of `threads.record_type`.
 ADDRESSES = "x weight index bias bad"
 INTEGERS = "num_tiles features fan_in group chunk"
 
 
-def index_kind(index: Tensor) -> type:
+def index_kind(layer: Layer) -> type:
     """The numpy type of an index, which kernels are compiled for."""
-    return index.numpy().dtype.type
+    assert layer.index is not None
+    return layer.index.numpy().dtype.type
 
 
-def layer_fields(
-    tiles: np.ndarray, weight: Tensor, index: Tensor, bias: Tensor | None, num_shares: int
-) -> dict[str, Any]:
+def layer_fields(tiles: np.ndarray, layer: Layer, num_shares: int) -> dict[str, Any]:
     """ADDRESSES, INTEGERS and the first fields; keep the result, it may own copies."""
-    num_labels, fan_in = weight.shape
+    layer = layer.contiguous()
     num_tiles, features, _ = tiles.shape
     return {
         "num_shares": num_shares,
-        "num_labels": num_labels,
+        "num_labels": layer.num_labels,
         "x": tiles,
-        "weight": weight.contiguous(),
-        "index": index.contiguous(),
-        "bias": bias if bias is None else bias.contiguous(),
+        "weight": layer.weight,
+        "index": layer.index,
+        "bias": layer.bias,
         "bad": np.full(num_shares, -1),  # the first label of a share that was refused
         "num_tiles": num_tiles,
         "features": features,
-        "fan_in": fan_in,
-        "group": num_labels // index.shape[0],
-        "chunk": chunk_labels(fan_in, num_tiles),
+        "fan_in": layer.fan_in,
+        "group": layer.group,
+        "chunk": chunk_labels(layer.fan_in, num_tiles),
     }
 
 
-def raise_bad_index(index: Tensor, fields: dict[str, Any]) -> None:
+def raise_bad_index(layer: Layer, fields: dict[str, Any]) -> None:
     """Raise ValueError for the first label that a kernel refused."""
+    assert layer.index is not None
     refused = fields["bad"][fields["bad"] >= 0]
     if len(refused):
-        values = index[refused[0] // fields["group"]].long()
+        values = layer.index[refused[0] // fields["group"]].long()
         raise ValueError(
             f"expected index values in [0, {fields['features']}), label {refused[0]} has "
             f"{int(values.min())} to {int(values.max())}"

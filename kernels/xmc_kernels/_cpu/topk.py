@@ -15,6 +15,7 @@ from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
 from xmc_kernels._cpu.tiles import lower_bound, tile_width, to_tiles
 from xmc_kernels._cpu.vector import at_address, fill, greater, load, next_share, splat, store
 from xmc_kernels._reference.topk import from_key, order_key
+from xmc_kernels.layer import Layer
 
 _ZERO = np.float32(0)
 ARGUMENTS = threads.record_type(
@@ -96,9 +97,7 @@ def _kernel(W, kind):
 
 def fan_in_topk(
     x: Tensor,  # [B, D] float32 or bfloat16
-    weight: Tensor,  # [L, F] float32
-    index: Tensor,  # [L/G, F]
-    bias: Tensor | None,  # [L] float32
+    layer: Layer,  # float32, contiguous
     k: int,
     exclude: tuple[Tensor, Tensor] | None,  # CSR, sorted within a row
     label_offset: int,
@@ -106,8 +105,8 @@ def fan_in_topk(
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
     num_rows, width = len(x), tile_width(len(x))
     tiles = to_tiles(x, width)
-    shares = threads.num_shares(len(weight))
-    layer = scores.layer_fields(tiles, weight, index, bias, shares)
+    shares = threads.num_shares(layer.num_labels)
+    fields = scores.layer_fields(tiles, layer, shares)
     best = torch.full((shares, num_rows, k), -torch.inf)
     labels = torch.full((shares, num_rows, k), -1)
     thresholds = threads.zeros(shares, (len(tiles) + 1) * width)
@@ -116,7 +115,7 @@ def fan_in_topk(
     indptr, excluded = (t.contiguous() for t in exclude) if exclude else (None, None)
     arguments = threads.record(
         ARGUMENTS,
-        **layer,
+        **fields,
         indptr=indptr,
         excluded=excluded,
         thresholds=thresholds,
@@ -126,8 +125,8 @@ def fan_in_topk(
         k=k,
         offset=label_offset,
     )
-    threads.launch(_kernel(width, scores.index_kind(index)), arguments)
-    scores.raise_bad_index(index, layer)
+    threads.launch(_kernel(width, scores.index_kind(layer)), arguments)
+    scores.raise_bad_index(layer, fields)
     return merge(best, labels)
 
 

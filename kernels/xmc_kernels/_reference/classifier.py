@@ -6,8 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xmc_kernels import rounding
-from xmc_kernels._reference.fan_in import compute_dtype, dense_tile, label_tiles, tile_index
+from xmc_kernels import float8, rounding
+from xmc_kernels._reference.fan_in import (
+    compute_dtype,
+    dense_tile,
+    label_tiles,
+    tile_index,
+    tile_weight,
+)
+from xmc_kernels.layer import Layer
 from xmc_kernels.rounding import BIAS, WEIGHT
 from xmc_kernels.update import ClassifierState, UpdateRule
 
@@ -27,7 +34,7 @@ def squared_hinge(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
 
 
-def apply_(
+def updated(
     param: Tensor,
     grad: Tensor,
     m: Tensor | None,
@@ -36,14 +43,9 @@ def apply_(
     lr: float,
     step: int,
     weight_decay: float,
-    key: int,
-    start: int,
-) -> None:
-    """One step of torch.optim's SGD, AdamW or Adagrad on the slice from row `start` on, in place.
-
-    bfloat16 parameters are rounded stochastically, by `key`.
-    """
-    p = param.to(grad.dtype)
+) -> Tensor:
+    """One step of torch.optim's SGD, AdamW or Adagrad; moments are written in place."""
+    p = param.clone()
     if rule.kind == "adamw":
         assert m is not None and v is not None
         beta1, beta2 = rule.betas
@@ -51,31 +53,38 @@ def apply_(
         m.mul_(beta1).add_(grad, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denom = (v / (1 - beta2**step)).sqrt_().add_(rule.eps)
-        p.addcdiv_(m, denom, value=-lr / (1 - beta1**step))
-    else:
-        if weight_decay:
-            grad = grad + weight_decay * p
-        if rule.kind == "momentum":
-            assert m is not None
-            grad = m.mul_(rule.momentum).add_(grad)
-        elif rule.kind == "adagrad":
-            assert v is not None
-            v.addcmul_(grad, grad)
-            grad = grad / (v.sqrt() + rule.eps)
-        p.sub_(grad, alpha=lr)
-    if param.dtype == torch.bfloat16:
-        table = p.view(len(p), -1)
-        rows, columns = (torch.arange(size, device=p.device) for size in table.shape)
+        return p.addcdiv_(m, denom, value=-lr / (1 - beta1**step))
+    if weight_decay:
+        grad = grad + weight_decay * p
+    if rule.kind == "momentum":
+        assert m is not None
+        grad = m.mul_(rule.momentum).add_(grad)
+    elif rule.kind == "adagrad":
+        assert v is not None
+        v.addcmul_(grad, grad)
+        grad = grad / (v.sqrt() + rule.eps)
+    return p.sub_(grad, alpha=lr)
+
+
+def store_(param: Tensor, scale: Tensor | None, value: Tensor, key: int, start: int) -> None:
+    """Write rows from `start` on in param's dtype: bfloat16 and float8 rounded stochastically."""
+    if param.dtype not in (torch.bfloat16, float8.DTYPE):
+        param.copy_(value)
+        return
+    table = value.view(len(value), -1)
+    rows, columns = (torch.arange(size, device=param.device) for size in table.shape)
+    if scale is None:
         bits = rounding.noise(key, rows[:, None] + start, columns)
-        p = rounding.stochastic_round(table, bits).view_as(p)
-    param.copy_(p)
+        param.copy_(rounding.stochastic_round(table, bits).view_as(param))
+        return
+    bits = rounding.noise(key, rows[:, None] + start, columns, float8.NOISE_BITS)
+    scale.copy_(float8.row_scale(table.float()))
+    param.copy_(float8.quantize(table.float(), scale, bits))
 
 
 def classifier_step(
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F], or [L, D] where index is None
-    index: Tensor | None,  # [L/G, F]
-    bias: Tensor | None,  # [L]
+    layer: Layer,
     indptr: Tensor,  # [B+1]
     indices: Tensor,  # [nnz]
     state: ClassifierState,
@@ -88,17 +97,19 @@ def classifier_step(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
+    weight, bias = layer.weight, layer.bias
     dtype = compute_dtype(x, weight)
     wide = x.to(dtype)
     rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), indptr.diff())
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     d_x = torch.zeros_like(wide)
 
-    def take(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
-        return None if tensor is None else tensor[start:stop]
+    for start, stop in label_tiles(layer.num_labels, *x.shape):
 
-    for start, stop in label_tiles(weight.shape[0], *x.shape):
-        dense = dense_tile(weight, index, start, stop, x.shape[1], dtype)
+        def take(tensor: Tensor | None, first: int = start, last: int = stop) -> Tensor | None:
+            return None if tensor is None else tensor[first:last]
+
+        dense = dense_tile(layer, start, stop, x.shape[1], dtype)
         scores = wide @ dense.T
         if bias is not None:
             scores += bias[start:stop]
@@ -110,19 +121,24 @@ def classifier_step(
         g *= grad_scale
         d_x += g @ dense
         d_weight, d_bias = g.T @ wide, g.sum(0)
-        if index is not None:
-            d_weight = d_weight.gather(1, tile_index(index, weight.shape[0], start, stop))
-        for param, grad, kept, m, v, decay, stream in (
-            (weight, d_weight, state.grad_weight, state.weight_m, state.weight_v, True, WEIGHT),
-            (bias, d_bias, state.grad_bias, state.bias_m, state.bias_v, False, BIAS),
+        if layer.index is not None:
+            d_weight = d_weight.gather(1, tile_index(layer, start, stop))
+        for param, grad, kept, m, v, stream in (
+            (weight, d_weight, state.grad_weight, state.weight_m, state.weight_v, WEIGHT),
+            (bias, d_bias, state.grad_bias, state.bias_m, state.bias_v, BIAS),
         ):
             if param is None:
                 continue
             if kept is not None:
                 grad = kept[start:stop].add_(grad)
-            if update:
-                m, v = take(m, start, stop), take(v, start, stop)
-                decay_rate = rule.weight_decay if decay else 0.0
-                key = rounding.stream_key(seed, step, stream)
-                apply_(param[start:stop], grad, m, v, rule, lr, step, decay_rate, key, start)
+            if not update:
+                continue
+            if stream == WEIGHT:
+                old, scale = tile_weight(layer, start, stop, grad.dtype), take(layer.scale)
+                decay = rule.weight_decay
+            else:
+                old, scale, decay = param[start:stop].to(grad.dtype), None, 0.0
+            new = updated(old, grad, take(m), take(v), rule, lr, step, decay)
+            key = rounding.stream_key(seed, step, stream)
+            store_(param[start:stop], scale, new, key, start)
     return total.to(torch.float32), d_x.to(x.dtype)

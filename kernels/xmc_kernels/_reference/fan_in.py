@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from xmc_kernels import float8
+from xmc_kernels.layer import Layer
+from xmc_kernels.packing import unpack_index
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any argument is, float32 otherwise."""
@@ -21,59 +25,66 @@ def label_tiles(num_labels: int, num_rows: int, in_features: int) -> Iterator[tu
         yield start, min(start + width, num_labels)
 
 
-def tile_index(index: Tensor, num_labels: int, start: int, stop: int) -> Tensor:
+def tile_index(layer: Layer, start: int, stop: int) -> Tensor:
     """The index rows of labels start..stop, [stop - start, F] int64."""
-    group = num_labels // index.shape[0]
-    rows = torch.arange(start, stop, device=index.device) // group
-    return index[start // group : (stop - 1) // group + 1].long()[rows - start // group]
+    assert layer.index is not None
+    group = layer.group
+    rows = layer.index[start // group : (stop - 1) // group + 1]
+    if layer.pattern is not None:
+        rows = unpack_index(rows, layer.pattern, layer.fan_in)
+    labels = torch.arange(start, stop, device=rows.device)
+    return rows.long()[labels // group - start // group]
+
+
+def tile_weight(layer: Layer, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The weights of labels start..stop as numbers, [stop - start, F]."""
+    rows = layer.weight[start:stop]
+    if layer.scale is None:
+        return rows.to(dtype)
+    return float8.dequantize(rows, layer.scale[start:stop], dtype)
 
 
 def dense_tile(
-    weight: Tensor,  # [L, F]
-    index: Tensor | None,  # [L/G, F], None where weight is dense
-    start: int,
-    stop: int,
-    in_features: int,
-    dtype: torch.dtype,
+    layer: Layer, start: int, stop: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:  # [stop - start, D]
-    """Rows start..stop of the dense matrix that weight and index stand for."""
-    rows = weight[start:stop].to(dtype)
-    if index is None:
+    """Rows start..stop of the dense matrix that the layer stands for."""
+    rows = tile_weight(layer, start, stop, dtype)
+    if layer.index is None:
         return rows
     dense = rows.new_zeros(stop - start, in_features)
-    return dense.scatter_(1, tile_index(index, weight.shape[0], start, stop), rows)
+    return dense.scatter_(1, tile_index(layer, start, stop), rows)
 
 
-def fan_in_linear(
-    x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
-    bias: Tensor | None,  # [L]
-) -> Tensor:  # [B, L]
-    """`x @ dense(weight, index).T + bias`."""
-    dtype = compute_dtype(x, weight, bias)
+def fan_in_linear(x: Tensor, layer: Layer) -> Tensor:  # [B, D] -> [B, L]
+    """`x @ dense(layer).T + bias`."""
+    dtype = compute_dtype(x, layer.weight, layer.bias)
     wide = x.to(dtype)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for start, stop in label_tiles(weight.shape[0], *x.shape):
-        scores = wide @ dense_tile(weight, index, start, stop, x.shape[1], dtype).T
-        out[:, start:stop] = scores if bias is None else scores + bias[start:stop].to(dtype)
+    out = x.new_empty(x.shape[0], layer.num_labels)
+    for start, stop in label_tiles(layer.num_labels, *x.shape):
+        scores = wide @ dense_tile(layer, start, stop, x.shape[1], dtype).T
+        out[:, start:stop] = (
+            scores if layer.bias is None else scores + layer.bias[start:stop].to(dtype)
+        )
     return out
 
 
 def fan_in_linear_backward(
     grad: Tensor,  # [B, L]
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
+    layer: Layer,
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
-    """`grad @ dense(weight, index)` and the entries of `grad.T @ x` that index names."""
-    dtype = compute_dtype(x, weight)
+    """`grad @ dense(layer)` and the entries of `grad.T @ x` that index names."""
+    dtype = compute_dtype(x, layer.weight)
     wide = x.to(dtype)
     d_x = torch.zeros_like(wide)
-    d_weight = torch.empty_like(weight)
-    for start, stop in label_tiles(weight.shape[0], *x.shape):
+    d_weight = gradient_like(layer.weight)
+    for start, stop in label_tiles(layer.num_labels, *x.shape):
         g = grad[:, start:stop].to(dtype)
-        d_x += g @ dense_tile(weight, index, start, stop, x.shape[1], dtype)
-        rows = tile_index(index, weight.shape[0], start, stop)
-        d_weight[start:stop] = (g.T @ wide).gather(1, rows)
+        d_x += g @ dense_tile(layer, start, stop, x.shape[1], dtype)
+        d_weight[start:stop] = (g.T @ wide).gather(1, tile_index(layer, start, stop))
     return d_x.to(x.dtype), d_weight
+
+
+def gradient_like(weight: Tensor) -> Tensor:
+    """Room for a weight's gradient: of its dtype, float32 for float8."""
+    return torch.empty_like(weight, dtype=torch.float32 if weight.itemsize == 1 else weight.dtype)

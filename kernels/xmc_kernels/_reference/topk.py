@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._reference.fan_in import compute_dtype, dense_tile, label_tiles
+from xmc_kernels.layer import Layer
 
 _LOW = 0xFFFFFFFF
 _NOTHING = torch.iinfo(torch.int64).min
@@ -31,24 +32,22 @@ def from_key(key: Tensor) -> tuple[Tensor, Tensor]:
 
 def fan_in_topk(
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F], or [L, D] where index is None
-    index: Tensor | None,  # [L/G, F]
-    bias: Tensor | None,  # [L]
+    layer: Layer,
     k: int,
     exclude: tuple[Tensor, Tensor] | None,  # CSR of label ids that a row never gets
     label_offset: int,
 ) -> tuple[Tensor, Tensor]:  # [B, k] float32, [B, k] int64
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
-    dtype = compute_dtype(x, weight)
+    dtype = compute_dtype(x, layer.weight)
     wide = x.to(dtype)
     best = torch.full((len(x), k), _NOTHING, dtype=torch.int64, device=x.device)
     if exclude is not None:
         excluded = exclude[1].long() - label_offset
         rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), exclude[0].diff())
-    for start, stop in label_tiles(weight.shape[0], *x.shape):
-        scores = wide @ dense_tile(weight, index, start, stop, x.shape[1], dtype).T
-        if bias is not None:
-            scores += bias[start:stop]
+    for start, stop in label_tiles(layer.num_labels, *x.shape):
+        scores = wide @ dense_tile(layer, start, stop, x.shape[1], dtype).T
+        if layer.bias is not None:
+            scores += layer.bias[start:stop]
         keys = order_key(scores.float(), torch.arange(start, stop, device=x.device))
         if exclude is not None:
             here = (excluded >= start) & (excluded < stop)

@@ -28,6 +28,7 @@ from xmc_kernels._triton.products import (
 )
 from xmc_kernels._triton.tiles import num_units, strategy, unit_tiles
 from xmc_kernels._triton.update import apply, constants, keys
+from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, UpdateRule
 
 _MAX_PROGRAMS = 1024
@@ -309,9 +310,7 @@ def step_launch(
 
 def classifier_step(
     x: Tensor,  # [B, D] float32, bfloat16 or float16
-    weight: Tensor,  # [L, F], or [L, D] where index is None
-    index: Tensor | None,  # [L/G, F]
-    bias: Tensor | None,  # [L]
+    layer: Layer,
     indptr: Tensor,  # [B+1]
     indices: Tensor,  # [nnz]
     state: ClassifierState,
@@ -332,15 +331,16 @@ def classifier_step(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    index = index if index is None else index.contiguous()
-    positives = sort_by_label(indptr, indices, weight.shape[0])
+    weight, bias = layer.weight, layer.bias
+    index = None if layer.index is None else layer.index.contiguous()
+    positives = sort_by_label(indptr, indices, layer.num_labels)
     numbers = (loss, rule, lr, step, seed, grad_scale, update)
     if index is None or (by or strategy(x, weight, index, deterministic)) == "densify":
         from xmc_kernels._triton import densify
 
         return densify.classifier_step(x, weight, index, bias, positives, state, *numbers)
     tiles = unit_tiles(x.shape[0], weight, index, x.dtype, fused=True)
-    units = num_units(weight.shape[0], weight.shape[0] // index.shape[0], tiles.block_g)
+    units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
     d_x_t = input_gradient_buffer(x_t, units, deterministic)
     launch, loss_parts = step_launch(

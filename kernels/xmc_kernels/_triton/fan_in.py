@@ -30,6 +30,7 @@ from xmc_kernels._triton.products import (
     weight_gradient,
 )
 from xmc_kernels._triton.tiles import deterministic_programs, num_units, unit_tiles
+from xmc_kernels.layer import Layer
 
 
 @triton.jit
@@ -244,45 +245,41 @@ def input_gradient_buffer(x_t: Tensor, units: int, deterministic: bool) -> Tenso
     return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
 
 
-def fan_in_linear(
-    x: Tensor,  # [B, D] float32, bfloat16 or float16
-    weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
-    bias: Tensor | None,  # [L]
-) -> Tensor:  # [B, L]
-    """`x @ dense(weight, index).T + bias` in x's dtype."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
+def fan_in_linear(x: Tensor, layer: Layer) -> Tensor:  # [B, D] -> [B, L]
+    """`x @ dense(layer).T + bias` in x's dtype."""
+    out = x.new_empty(x.shape[0], layer.num_labels)
     if x.shape[0] > 0:
-        scores_into(out, x, weight, index, bias)
+        scores_into(out, x, layer)
     return out
 
 
-def scores_into(out: Tensor, x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> None:
+def scores_into(out: Tensor, x: Tensor, layer: Layer) -> None:
     """Write the scores of every label to out [B, L]."""
-    tiles = unit_tiles(x.shape[0], weight, index, x.dtype)
+    layer = layer.contiguous()
+    assert layer.index is not None
+    tiles = unit_tiles(x.shape[0], layer.weight, layer.index, x.dtype)
     x_t = feature_major(x, tiles.block_b)
-    layer = (weight.contiguous(), index.contiguous())
-    bias = bias if bias is None else bias.contiguous()
-    forward_launch(x_t, *layer, bias, out, x.shape[0]).run()
+    forward_launch(x_t, layer.weight, layer.index, layer.bias, out, x.shape[0]).run()
 
 
 def fan_in_linear_backward(
     grad: Tensor,  # [B, L]
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
+    layer: Layer,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
     """Gradients in x and weight; `deterministic` is torch's setting unless given."""
+    layer = layer.contiguous()
+    assert layer.index is not None
+    weight, index = layer.weight, layer.index
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(weight)
     tiles = unit_tiles(x.shape[0], weight, index, x.dtype)
-    units = num_units(weight.shape[0], weight.shape[0] // index.shape[0], tiles.block_g)
+    units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
     d_x_t = input_gradient_buffer(x_t, units, deterministic)
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    layer = (weight.contiguous(), index.contiguous())
-    backward_launch(grad.contiguous(), x_t, *layer, d_x_t, d_weight, x.shape[0]).run()
+    d_weight = torch.empty_like(weight)
+    backward_launch(grad.contiguous(), x_t, weight, index, d_x_t, d_weight, x.shape[0]).run()
     return batch_major(d_x_t, x.shape[0], x.dtype), d_weight

@@ -7,6 +7,8 @@ layer is dense) in a scratch of `tiles.SCORE_BYTES`. A program then sorts a segm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from xmc_kernels._triton.densify import product, product_dtype
 from xmc_kernels._triton.fan_in import forward_launch
 from xmc_kernels._triton.launch import Launch, cdiv, feature_major, power_of_2
 from xmc_kernels._triton.tiles import score_labels, unit_tiles
+from xmc_kernels.layer import Layer
 
 NOTHING = torch.iinfo(torch.int64).min
 _SEGMENT = 1024
@@ -84,20 +87,17 @@ def chunk_best(scores: Tensor, start: int, k: int) -> Tensor:
 
 def fan_in_topk(
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F], or [L, D] where index is None
-    index: Tensor | None,  # [L/G, F]
-    bias: Tensor | None,  # [L]
+    layer: Layer,
     k: int,
     exclude: tuple[Tensor, Tensor] | None,  # CSR of label ids that a row never gets
     label_offset: int,
 ) -> tuple[Tensor, Tensor]:  # [B, k] float32, [B, k] int64
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
-    num_labels, device = len(weight), x.device
-    group = 1 if index is None else num_labels // len(index)
+    num_labels, device = layer.num_labels, x.device
     best = torch.full((len(x), k), NOTHING, dtype=torch.int64, device=device)
-    width = score_labels(x, num_labels, group)
+    width = score_labels(x, num_labels, layer.group)
     starts = range(0, num_labels, width) if len(x) else range(0)
-    score = _scorer(x, weight, index, bias)
+    score = _scorer(x, layer)
     if exclude is not None:
         rows = torch.arange(len(x), device=device).repeat_interleave(
             exclude[0].diff(), output_size=len(exclude[1])
@@ -116,9 +116,11 @@ def fan_in_topk(
     return scores, labels.where(labels < 0, labels + label_offset)
 
 
-def _scorer(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor | None):
+def _scorer(x: Tensor, layer: Layer) -> Callable[[int, int], Tensor]:
     """`score(start, stop)`: float32 scores [B, stop - start] of these labels."""
-    if index is None:
+    layer = layer.contiguous()
+    weight, bias = layer.weight, layer.bias
+    if layer.index is None:
         dtype = product_dtype(x, weight)
         wide = x.to(dtype)
 
@@ -127,15 +129,14 @@ def _scorer(x: Tensor, weight: Tensor, index: Tensor | None, bias: Tensor | None
             return scores if bias is None else scores.add_(bias[start:stop])
 
         return dense
-    group = len(weight) // len(index)
+    group, index = layer.group, layer.index
     x_t = feature_major(x, unit_tiles(len(x), weight, index, x.dtype).block_b)
-    index = index.contiguous()
 
     def sparse(start: int, stop: int) -> Tensor:
         scores = torch.empty(len(x), stop - start, device=x.device)
-        layer = (weight[start:stop].contiguous(), index[start // group : stop // group])
-        own = None if bias is None else bias[start:stop].contiguous()
-        forward_launch(x_t, *layer, own, scores, len(x)).run()
+        own = None if bias is None else bias[start:stop]
+        rows = index[start // group : stop // group]
+        forward_launch(x_t, weight[start:stop], rows, own, scores, len(x)).run()
         return scores
 
     return sparse

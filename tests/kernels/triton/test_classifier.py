@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from xmc_kernels.classifier import UpdateRule, classifier_loss_and_grad, classifier_step_
+from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, make_state
 
 OPTIONS = {"momentum": 0.8, "betas": (0.7, 0.95), "eps": 1e-6}
@@ -57,7 +58,7 @@ def train(device, monkeypatch):
             state.grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         for step in range(1, steps + 1):
             value, d_x = classifier.classifier_step(
-                *(x, weight, index, bias, indptr, indices, state, loss, rule, lr, step),
+                *(x, Layer(weight, index, bias), indptr, indices, state, loss, rule, lr, step),
                 *(1 / max(1, len(p.x)), update, seed),
                 **form,
             )
@@ -191,7 +192,20 @@ def test_accumulated_gradients_are_applied_with_the_last_part(form, problem, tra
             **{k: v if v is None else v.to(device) for k, v in vars(kept).items()}
         )
         classifier.classifier_step(
-            *(*part.tensors, kept, "bce", rule, 0.05, 1, 1 / 12, last == 12), **form
+            *(
+                part.x,
+                part.as_layer,
+                part.indptr,
+                part.indices,
+                kept,
+                "bce",
+                rule,
+                0.05,
+                1,
+                1 / 12,
+                last == 12,
+            ),
+            **form,
         )
         own = replace(own, weight=part.weight.cpu(), bias=part.bias.cpu())
         assert torch.equal(own.weight, p.weight) == (last == 5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xmc_kernels.fan_in import fan_in_linear
+from xmc_kernels.layer import Layer
 
 SHAPES = [
     # B, D, L, F, G: round, odd in one, odd in all, and the corners
@@ -66,8 +67,10 @@ def test_equals_the_dense_layer(
     naive, truth = naive_and_truth(x, dense, bias, grad)
     x, weight, index, bias, grad = (t.to(device) for t in (x, weight, index, bias, grad))
 
-    out = fan_in.fan_in_linear(x, weight, index, bias)
-    d_x, d_weight = fan_in.fan_in_linear_backward(grad, x, weight, index, deterministic)
+    out = fan_in.fan_in_linear(x, Layer(weight, index, bias))
+    d_x, d_weight = fan_in.fan_in_linear_backward(
+        grad, x, Layer(weight, index, None), deterministic
+    )
 
     assert out.dtype == d_x.dtype == dtypes[0]
     assert d_weight.dtype == dtypes[1]
@@ -82,12 +85,13 @@ def test_without_bias_and_with_strided_tensors(problem, device) -> None:
 
     p = problem(7, 20, 33, 6)
     x, weight, index = (t.to(device) for t in (p.x, p.weight, p.index.int()))
-    expected = fan_in.fan_in_linear(x, weight, index, torch.zeros(33, device=device))
-    strided = (x.T.contiguous().T, weight.T.contiguous().T, index.T.contiguous().T, None)
+    layer = Layer(weight, index, torch.zeros(33, device=device))
+    expected = fan_in.fan_in_linear(x, layer)
+    strided = (x.T.contiguous().T, Layer(weight.T.contiguous().T, index.T.contiguous().T, None))
     assert torch.equal(fan_in.fan_in_linear(*strided), expected)
     grad = torch.randn(7, 33, device=device)
-    ours = fan_in.fan_in_linear_backward(grad.T.contiguous().T, *strided[:3], True)
-    theirs = fan_in.fan_in_linear_backward(grad, x, weight, index, True)
+    ours = fan_in.fan_in_linear_backward(grad.T.contiguous().T, *strided, True)
+    theirs = fan_in.fan_in_linear_backward(grad, x, layer, True)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
 
@@ -97,8 +101,8 @@ def test_an_empty_batch(problem, device) -> None:
 
     p = problem(4, 8, 5, 2)
     x, weight, index = p.x[:0].to(device), p.weight.to(device), p.index.to(device)
-    assert fan_in.fan_in_linear(x, weight, index, None).shape == (0, 5)
-    d_x, d_weight = fan_in.fan_in_linear_backward(x.new_empty(0, 5), x, weight, index)
+    assert fan_in.fan_in_linear(x, Layer(weight, index, None)).shape == (0, 5)
+    d_x, d_weight = fan_in.fan_in_linear_backward(x.new_empty(0, 5), x, Layer(weight, index, None))
     assert d_x.shape == (0, 8)
     assert not d_weight.any()
 
@@ -110,7 +114,8 @@ def test_every_program_has_its_part_of_a_deterministic_gradient(
 
     p = problem(5, 12, 23, 4)
     grad = torch.randn(5, 23, device=device)
-    tensors = (grad, p.x.to(device), p.weight.to(device), p.index.to(device))
+    layer = Layer(p.weight.to(device), p.index.to(device), None)
+    tensors = (grad, p.x.to(device), layer)
     results = []
     for num_bytes in (0, 4 * 4 * 12 * 16, 2**30):  # 1 program, 4, and one for each label
         monkeypatch.setattr(tiles, "PARTIAL_BYTES", num_bytes)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from xmc_kernels.layer import Layer
 from xmc_kernels.topk import fan_in_topk
 
 SHAPES = [
@@ -41,9 +42,9 @@ def run(device, monkeypatch):
     monkeypatch.setattr(tiles, "SCORE_BYTES", 4 * 4 * 64)
 
     def call(x, weight, index, bias, k, exclude=None, offset=0):
-        tensors = [None if t is None else t.to(device) for t in (x, weight, index, bias)]
+        x, *tensors = [None if t is None else t.to(device) for t in (x, weight, index, bias)]
         exclude = None if exclude is None else tuple(t.to(device) for t in exclude)
-        scores, labels = topk.fan_in_topk(*tensors, k, exclude, offset)
+        scores, labels = topk.fan_in_topk(x, Layer(*tensors), k, exclude, offset)
         return scores.cpu(), labels.cpu()
 
     return call

@@ -1,0 +1,62 @@
+"""A classifier's labels as the operations hand them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of L labels, which inputs they belong to, and biases."""
+
+    weight: Tensor  # [L, F], or [L, D] where index is None
+    index: Tensor | None  # [L/G, F] uint16 or int32; [L/G, P] uint8 with a pattern; None: dense
+    bias: Tensor | None  # [L]
+    pattern: tuple[int, int] | None = None
+    """(n, m): n of every m consecutive inputs, `index` packed (`packing.py`)."""
+    scale: Tensor | None = None  # [L] float32: what float8 weights are multiplied by
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        index: Tensor | None,
+        bias: Tensor | None,
+        pattern: Sequence[int] | None,
+        scale: Tensor | None,
+    ) -> Layer:
+        """From an operation's arguments, where a pattern is a list."""
+        pair = None if pattern is None else (pattern[0], pattern[1])
+        return cls(weight, index, bias, pair, scale)
+
+    @property
+    def num_labels(self) -> int:
+        """L."""
+        return self.weight.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        """F, or D of a dense layer."""
+        return self.weight.shape[1]
+
+    @property
+    def group(self) -> int:
+        """G, the labels that share an index row; 1 for a dense layer."""
+        return 1 if self.index is None else self.num_labels // self.index.shape[0]
+
+    def contiguous(self) -> Layer:
+        """With every tensor contiguous; copies those that are not."""
+
+        def packed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.contiguous()
+
+        tensors = (self.weight.contiguous(), packed(self.index), packed(self.bias))
+        return Layer(*tensors, self.pattern, packed(self.scale))
+
+    @property
+    def plain(self) -> bool:
+        """Whether indices are stored as they are and weights mean what they say."""
+        return self.pattern is None and self.scale is None
