@@ -1,6 +1,9 @@
-"""SET: invariants for any shape, the truth slot by slot, and the distribution of what regrows."""
+"""One rewiring: invariants and the truth slot by slot, for any shape and option."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -8,94 +11,183 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xmc.nn import rewire
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.rewire import RewireReport, set_rewire_
+from xmc.nn.rewire import RewireReport, rewire_
 from xmc_kernels.checks import validate_index
+from xmc_kernels.packing import pack_index, unpack_index
+
+Pattern = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Case:
+    in_features: int
+    fan_in: int
+    group_size: int
+    rows: int
+    pattern: Pattern
+    rigl: bool
+    seed: int
+    draw: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """Weights with ties, a pattern as it is stored, two moments, growth scores with ties."""
+        torch.manual_seed(self.draw)
+        labels = self.rows * self.group_size
+        weight = torch.randint(-4, 5, (labels, self.fan_in)) / 4
+        if self.pattern is None:
+            layer = FixedFanInLinear(
+                self.in_features, labels, self.fan_in, group_size=self.group_size
+            )
+            index = layer.index
+        else:
+            n, m = self.pattern
+            local = torch.rand(self.rows, self.in_features // m, m).argsort(2)[:, :, :n]
+            base = torch.arange(self.in_features // m).unsqueeze(1) * m
+            inputs = (local.sort(2).values + base).flatten(1)
+            index = pack_index(inputs, self.pattern)
+        moments = [torch.randn(labels, self.fan_in), torch.rand(labels, self.fan_in)]
+        return weight, index, moments, torch.randint(0, 4, (self.rows, self.in_features)) / 2
+
+    def inputs(self, index: Tensor) -> list[list[int]]:
+        """The inputs of each row, whatever they are stored as."""
+        if self.pattern is not None:
+            index = unpack_index(index, self.pattern, self.fan_in)
+        return index.tolist()
+
+    def block(self, column: int) -> int:
+        return 0 if self.pattern is None else column // self.pattern[1]
+
+    def spare(self) -> int:
+        """Inputs that a block does not read."""
+        if self.pattern is None:
+            return self.in_features - self.fan_in
+        return self.pattern[1] - self.pattern[0]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, int | float]:
-    in_features = draw(st.integers(1, 40))
-    return {
-        "in_features": in_features,
-        "fan_in": draw(st.integers(1, in_features)),
-        "group_size": draw(st.integers(1, 4)),
-        "rows": draw(st.integers(1, 12)),
-        "fraction": draw(st.floats(0, 1)),
-        "seed": draw(st.integers(0, 2**64)),
-        "step": draw(st.integers(0, 10**9)),
-        "init": draw(st.integers(0, 1000)),
-    }
-
-
-def make(case: dict[str, int | float]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Weights with ties, a pattern, and two moments."""
-    torch.manual_seed(int(case["init"]))
-    labels, fan_in = int(case["rows"] * case["group_size"]), int(case["fan_in"])
-    layer = FixedFanInLinear(
-        int(case["in_features"]), labels, fan_in, group_size=int(case["group_size"])
+def cases(draw: st.DrawFn) -> Case:
+    if draw(st.booleans()):
+        pattern: Pattern = None
+        in_features = draw(st.integers(1, 40))
+        fan_in = draw(st.integers(1, in_features))
+    else:
+        m = draw(st.sampled_from([4, 8]))
+        pattern = draw(st.integers(1, m)), m
+        in_features = m * draw(st.integers(1, 4))
+        fan_in = in_features // m * pattern[0]
+    prune = draw(st.sampled_from(["fraction", "threshold"]))
+    amount = draw(st.floats(0, 1)) if prune == "fraction" else draw(st.integers(0, 9)) / 8
+    return Case(
+        in_features=in_features,
+        fan_in=fan_in,
+        group_size=draw(st.integers(1, 4)),
+        rows=draw(st.integers(1, 12)),
+        pattern=pattern,
+        rigl=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**64)),
+        draw=draw(st.integers(0, 1000)),
+        options={
+            "prune": prune,
+            "amount": amount,
+            "init": draw(st.sampled_from(["zero", "uniform"])),
+            "keep_moments": draw(st.booleans()),
+            "step": draw(st.integers(0, 10**9)),
+        },
     )
-    weight = torch.randint(-4, 5, (labels, fan_in)) / 4
-    return weight, layer.index, [torch.randn(labels, fan_in), torch.rand(labels, fan_in)]
 
 
-def rewired(
-    case: dict[str, int | float], **options: int
-) -> tuple[Tensor, Tensor, list[Tensor], RewireReport]:
-    weight, index, moments = make(case)
-    report = set_rewire_(
+def rewired(case: Case, **more: Any) -> tuple[Tensor, Tensor, list[Tensor], RewireReport]:
+    weight, index, moments, score = case.make()
+    report = rewire_(
         weight,
         index,
-        int(case["in_features"]),
-        fraction=float(case["fraction"]),
-        seed=int(case["seed"]),
-        step=int(case["step"]),
+        case.in_features,
+        seed=case.seed,
+        growth=(lambda start, stop: score[start:stop]) if case.rigl else None,
         moments=moments,
-        **options,
+        pattern=case.pattern,
+        **(case.options | more),
     )
     return weight, index, moments, report
 
 
-def survivors(weight: Tensor, row: int, group_size: int, pruned: int) -> list[int]:
-    """Slots of a row that stay, one by one in Python: lowest mean |w| first, then lowest slot."""
-    group = weight[row * group_size : (row + 1) * group_size].double().abs().mean(0).tolist()
-    by_score = sorted(range(len(group)), key=lambda slot: (group[slot], slot))
-    return sorted(by_score[pruned:])
+def lost_slots(case: Case, weight: Tensor, inputs: list[int], row: int) -> list[int]:
+    """Slots of a row that go, one by one in Python: lowest sum of |w| first, then lowest slot."""
+    group_size, spare = case.group_size, case.spare()
+    score = weight[row * group_size : (row + 1) * group_size].double().abs().sum(0).tolist()
+    lost: list[int] = []
+    for slot in sorted(range(case.fan_in), key=lambda slot: (score[slot], slot)):
+        if case.options["prune"] == "fraction":
+            wanted = len(lost) < round(case.options["amount"] * case.fan_in)
+        else:
+            wanted = score[slot] < case.options["amount"] * group_size
+        block = case.block(inputs[slot])
+        room = sum(case.block(inputs[other]) == block for other in lost) < spare
+        if wanted and room and len(lost) < case.fan_in - 1:
+            lost.append(slot)
+    return lost
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+def best_inputs(case: Case, score: Tensor, inputs: list[int], lost: list[int]) -> set[int]:
+    """For each lost slot an unread input of its block, highest score first, then lowest input."""
+    new: set[int] = set()
+    for slot in lost:
+        block = case.block(inputs[slot])
+        free = [
+            column
+            for column in range(case.in_features)
+            if case.block(column) == block and column not in inputs and column not in new
+        ]
+        new.add(min(free, key=lambda column: (-float(score[column]), column)))
+    return new
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(cases())
-def test_survivors_keep_everything_and_the_rest_is_new_and_zero(
-    case: dict[str, int | float],
-) -> None:
-    in_features, fan_in = int(case["in_features"]), int(case["fan_in"])
-    group_size = int(case["group_size"])
-    old_weight, old_index, old_moments = make(case)
+def test_survivors_keep_everything_and_the_rest_is_new(case: Case) -> None:
+    old_weight, old_index, old_moments, score = case.make()
     weight, index, moments, report = rewired(case)
 
-    validate_index(index, in_features)
-    pruned = min(round(case["fraction"] * fan_in), in_features - fan_in)
-    dead = []
-    for row in range(int(case["rows"])):
-        before, after = old_index[row].tolist(), index[row].tolist()
-        kept = survivors(old_weight, row, group_size, pruned)
+    validate_index(index, case.in_features, *([case.pattern] if case.pattern else []))
+    pruned, dead = 0, []
+    old_rows, new_rows = case.inputs(old_index), case.inputs(index)
+    for row, (before, after) in enumerate(zip(old_rows, new_rows, strict=True)):
+        lost = lost_slots(case, old_weight, before, row)
+        pruned += len(lost)
+        kept = [slot for slot in range(case.fan_in) if slot not in lost]
         assert set(after) & set(before) == {before[slot] for slot in kept}
-        for member in range(group_size):
-            label = row * group_size + member
-            for old, new in zip((old_weight, *old_moments), (weight, *moments), strict=True):
-                expected = {before[slot]: float(old[label, slot]) for slot in kept}
-                assert new[label].tolist() == [expected.get(column, 0.0) for column in after]
+        blocks = [case.block(column) for column in before]
+        assert [case.block(column) for column in after] == blocks
+        new = set(after) - set(before)
+        if case.rigl:
+            assert new == best_inputs(case, score[row], before, lost)
+        for member in range(case.group_size):
+            label = row * case.group_size + member
+            for old, now in zip((old_weight, *old_moments), (weight, *moments), strict=True):
+                for slot in kept:
+                    place = after.index(before[slot])
+                    assert float(now[label, place]) == float(old[label, slot])
+            fresh = [after.index(column) for column in new]
+            for value in weight[label, fresh].tolist():
+                if case.options["init"] == "zero":
+                    assert value == 0
+                else:
+                    assert 0 < abs(value) < case.fan_in**-0.5
+            for old, now in zip(old_moments, moments, strict=True):
+                left = old[label, lost] if case.options["keep_moments"] else torch.zeros(len(lost))
+                assert sorted(now[label, fresh].tolist()) == sorted(left.tolist())
             if not any(float(old_weight[label, slot]) for slot in kept):
                 dead.append(label)
-    assert report.pruned == pruned * int(case["rows"])
-    assert report.churn == pruned / fan_in
+    assert report.pruned == pruned
+    assert report.churn == pruned / (case.rows * case.fan_in)
     assert report.dead_labels.tolist() == dead
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(cases(), st.integers(1, 100))
-def test_the_tile_size_changes_nothing(case: dict[str, int | float], tile_slots: int) -> None:
+def test_the_tile_size_changes_nothing(case: Case, tile_slots: int) -> None:
     weight, index, moments, report = rewired(case)
     others = rewired(case, tile_slots=tile_slots)
     assert torch.equal(weight, others[0])
@@ -104,10 +196,40 @@ def test_the_tile_size_changes_nothing(case: dict[str, int | float], tile_slots:
     assert report.to_dict() == others[3].to_dict()
 
 
-def pattern_after(seed: int, step: int, labels: int = 200) -> Tensor:
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(cases(), st.data())
+def test_shards_of_labels_rewire_as_the_whole_does(case: Case, data: st.DataObject) -> None:
+    weight, index, moments, report = rewired(case)
+    old_weight, old_index, old_moments, score = case.make()
+    cut = data.draw(st.integers(0, case.rows))
+    pruned = 0
+    for first, last in ((0, cut), (cut, case.rows)):
+        if first == last:
+            continue
+        labels = slice(first * case.group_size, last * case.group_size)
+        shard_score = score[first:last]
+        growth = (lambda a, b, s=shard_score: s[a:b]) if case.rigl else None
+        pruned += rewire_(
+            old_weight[labels],
+            old_index[first:last],
+            case.in_features,
+            seed=case.seed,
+            growth=growth,
+            moments=[moment[labels] for moment in old_moments],
+            pattern=case.pattern,
+            row_offset=first,
+            **case.options,
+        ).pruned
+    assert torch.equal(weight, old_weight)
+    assert torch.equal(index, old_index)
+    assert all(torch.equal(a, b) for a, b in zip(moments, old_moments, strict=True))
+    assert pruned == report.pruned
+
+
+def pattern_after(seed: int, step: int) -> Tensor:
     torch.manual_seed(0)
-    layer = FixedFanInLinear(64, labels, 8)
-    set_rewire_(layer.weight, layer.index, 64, fraction=0.5, seed=seed, step=step)
+    layer = FixedFanInLinear(64, 200, 8)
+    rewire_(layer.weight, layer.index, 64, amount=0.5, seed=seed, step=step)
     return layer.index
 
 
@@ -120,105 +242,136 @@ def test_seed_and_step_decide_what_regrows() -> None:
 
 
 def test_labels_regrow_independently() -> None:
-    """Labels with the same weights and inputs do not move together."""
+    """Labels with the same weights and inputs do not move together, nor start alike."""
     index = torch.arange(8, dtype=torch.int32).repeat(500, 1).to(torch.uint16)
-    set_rewire_(torch.ones(500, 8), index, 64, fraction=0.5, seed=1, step=1)
-    distinct = {tuple(row) for row in index.tolist()}
-    assert len(distinct) > 490
+    weight = torch.ones(1000, 8)  # two labels to a row
+    rewire_(weight, index, 64, amount=0.5, seed=1, step=1, init="uniform")
+    assert len({tuple(row) for row in index.tolist()}) > 490
+    new = weight[weight != 1]
+    assert len(new) == 4000
+    assert len(new.unique()) > 3990
+    deviations = 5 / 4000**0.5
+    assert abs(float(new.mean())) < deviations * (1 / 24) ** 0.5
+    assert abs(float(new.square().mean()) - 1 / 24) < deviations * (1 / 5 - 1 / 9) ** 0.5 / 8
 
 
 @pytest.mark.parametrize("fan_in", [3, 6])  # 3 of 7 free inputs, then all 4
 def test_regrown_inputs_are_uniform_among_those_not_read_before(fan_in: int) -> None:
-    rows, in_features, pruned = 60_000, 10, 3
+    rows, in_features, pruned = 60_000, 10, {3: 2, 6: 3}[fan_in]
     fixed = torch.tensor([0, 2, 3, 5, 8, 9][:fan_in], dtype=torch.int32)
     index = fixed.repeat(rows, 1).to(torch.uint16)
     weight = torch.zeros(rows, fan_in)
     weight[:, pruned:] = 1.0
-    set_rewire_(weight, index, in_features, fraction=pruned / fan_in, seed=3, step=5)
-    new = torch.stack([row_is_new(index, column) for column in range(in_features)], 1)
+    rewire_(weight, index, in_features, amount=pruned / fan_in, seed=3, step=5)
+    new = members(index, in_features)
     new[:, fixed[pruned:].long()] = False
     assert not bool(new[:, fixed.long()].any())
     assert bool((new.sum(1) == pruned).all())
-    counts = torch.bincount((new * 2 ** torch.arange(in_features)).sum(1)).double()
+    assert_subsets_uniform(new, {3: 21, 6: 4}[fan_in], {3: 54.0, 6: 21.1}[fan_in])
+
+
+def test_regrown_inputs_of_a_block_are_uniform() -> None:
+    """4 of 8: the first block loses two inputs, the second one, each to any of its four others."""
+    rows, pattern = 40_000, (4, 8)
+    index = pack_index(torch.tensor([[0, 2, 3, 5, 9, 10, 14, 15]]).repeat(rows, 1), pattern)
+    weight = torch.tensor([[0.0, 1, 0, 1, 1, 0, 1, 1]]).repeat(rows, 1)
+    rewire_(weight, index, 16, prune="threshold", amount=0.5, seed=9, step=2, pattern=pattern)
+    new = members(unpack_index(index, pattern, 8), 16)
+    new[:, [2, 5, 9, 14, 15]] = False
+    assert bool((new[:, :8].sum(1) == 2).all())
+    assert bool((new[:, 8:].sum(1) == 1).all())
+    assert_subsets_uniform(new, 6 * 4, 57.0)
+
+
+def members(index: Tensor, in_features: int) -> Tensor:
+    """[R, D], whether a row reads an input."""
+    return torch.stack([(index.int() == column).any(1) for column in range(in_features)], 1)
+
+
+def assert_subsets_uniform(chosen: Tensor, subsets: int, limit: float) -> None:
+    """Chi-square of the sets [R, D] at p = 1e-4."""
+    counts = torch.bincount((chosen * 2 ** torch.arange(chosen.shape[1])).sum(1)).double()
     counts = counts[counts > 0]
-    subsets = {3: 35, 6: 4}[fan_in]
     assert len(counts) == subsets
-    expected = rows / subsets
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert chi_square < {3: 75.0, 6: 21.1}[fan_in]  # 34 and 3 degrees of freedom, p = 1e-4
+    expected = len(chosen) / subsets
+    assert float(((counts - expected) ** 2 / expected).sum()) < limit
 
 
-def row_is_new(index: Tensor, column: int) -> Tensor:
-    """[R], whether the row reads that input."""
-    return (index.int() == column).any(1)
-
-
-def test_hash_bits_are_balanced_and_uncorrelated() -> None:
-    """Each bit of the draws is set half of the time, also between neighbouring rows and steps."""
-    keys = rewire._mix(rewire._stream(1, 2, torch.device("cpu")) + torch.arange(20_000))
-    draws = torch.stack([rewire._below(2**20, keys, counter) for counter in range(3)])
-    bits = (draws.unsqueeze(-1) >> torch.arange(20)) & 1
-    tolerance = 5 * 0.5 / 20_000**0.5
-    assert float((bits.double().mean(1) - 0.5).abs().max()) < tolerance
-    assert float(((bits[0] ^ bits[1]).double().mean(0) - 0.5).abs().max()) < tolerance
-    assert float(((bits[:, 1:] ^ bits[:, :-1]).double().mean(1) - 0.5).abs().max()) < tolerance
-
-
-def test_mix_is_splitmix64() -> None:
-    """The published generator's first outputs for seed 1234567."""
-    state = torch.tensor(1234567)
-    outputs = [int(rewire._mix(state + (i + 1) * torch.tensor(rewire._GOLDEN))) for i in range(3)]
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [value % 2**64 for value in outputs] == expected
+def test_rows_lose_what_lies_below_the_threshold() -> None:
+    weight = torch.tensor(
+        [
+            [0.5, 0.01, -0.02, 0.5],  # two below
+            [0.01, 0.01, 0.02, 0.03],  # all below: the largest stays
+            [0.1, 0.1, -0.1, 0.1],  # none: the threshold itself is not below
+        ]
+    )
+    index = torch.arange(4, dtype=torch.int32).repeat(3, 1)
+    report = rewire_(weight, index, 9, prune="threshold", amount=0.1, seed=0, step=0)
+    assert report.pruned == 5
+    assert [sorted(row) for row in weight.tolist()] == [
+        [0, 0, 0.5, 0.5],
+        pytest.approx([0, 0, 0, 0.03]),
+        pytest.approx([-0.1, 0.1, 0.1, 0.1]),
+    ]
 
 
 def test_a_row_that_reads_everything_stays() -> None:
     layer = FixedFanInLinear(5, 4, 5)
     before = layer.weight.clone()
-    report = set_rewire_(layer.weight, layer.index, 5, fraction=0.4, seed=0, step=0)
+    report = rewire_(layer.weight, layer.index, 5, amount=0.4, seed=0, step=0)
     assert report.to_dict() == {"pruned": 0, "churn": 0.0, "dead_labels": 0}
     assert torch.equal(layer.weight, before)
 
 
-def test_rewires_a_parameter_in_training() -> None:
-    layer = FixedFanInLinear(30, 12, 6)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    layer(torch.randn(4, 30)).square().sum().backward()
-    optimizer.step()
-    state = optimizer.state[layer.weight]
-    moments = [state["exp_avg"], state["exp_avg_sq"]]
-    set_rewire_(layer.weight, layer.index, 30, fraction=0.5, seed=0, step=1, moments=moments)
-    assert layer.weight.requires_grad
-    new = layer.weight == 0
-    assert new.sum(1).tolist() == [3] * 12
-    assert not bool(moments[0][new].any())
-    assert bool((moments[1][~new] > 0).any())
-    x = torch.randn(2, 30)
-    dense = layer.to_dense()
-    torch.testing.assert_close(layer(x), dense(x))
+def test_growth_is_asked_for_bounded_tiles_only() -> None:
+    """Never [L, D]: 3,000 rows of 4,096 scores come in tiles of at most 2^20 numbers."""
+    layer = FixedFanInLinear(4096, 3000, 4)
+    asked = []
+
+    def growth(start: int, stop: int) -> Tensor:
+        asked.append((start, stop))
+        return torch.zeros(stop - start, 4096)
+
+    rewire_(layer.weight, layer.index, 4096, amount=0.5, seed=0, step=0, growth=growth)
+    assert max(stop - start for start, stop in asked) * 4096 <= 2**20
+    assert [start for start, _ in asked[1:]] == [stop for _, stop in asked[:-1]]
+    assert (asked[0][0], asked[-1][1]) == (0, 3000)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fraction": 1.5}, r"expected fraction in \[0, 1\], got 1.5"),
+        ({"amount": 1.5}, r"expected a fraction in \[0, 1\], got 1.5"),
+        ({"amount": -0.1, "prune": "threshold"}, "threshold of at least 0, got -0.1"),
+        ({"prune": "half"}, "expected prune of .* got 'half'"),
+        ({"init": "one"}, "expected init of .* got 'one'"),
+        ({"row_offset": -1}, "expected row_offset of at least 0, got -1"),
         ({"in_features": 2**27}, r"expected in_features in \[1, 2\^27\), got 134217728"),
         ({"in_features": 3}, r"expected index values in \[0, 3\)"),
         ({"weight": torch.zeros(4, 3)}, r"got \[4, 3\] and \[2, 2\]"),
         ({"weight": torch.zeros(5, 2)}, "divides 5 labels, got 2"),
         ({"moments": [torch.zeros(4, 1)]}, r"shape \[4, 2\].* got \[4, 1\] at position 0"),
         ({"index": torch.tensor([[0, 0], [1, 2]]).int()}, "row 0 has not"),
+        ({"pattern": (1, 4)}, r"expected pattern \(1, 4\) to divide 6 features"),
+        (
+            {"growth": lambda start, stop: torch.zeros(2, 5)},
+            r"expected growth scores of shape \[2, 6\] for index rows 0 to 2, got \[2, 5\]",
+        ),
+        (
+            {"growth": lambda start, stop: torch.tensor([[0.0] * 6, [0.0] * 5 + [torch.nan]])},
+            "expected finite growth scores, got nan in row 1",
+        ),
     ],
 )
-def test_refuses_what_does_not_fit(change: dict[str, object], message: str) -> None:
-    good = {
+def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {
         "weight": torch.zeros(4, 2),
         "index": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32).to(torch.uint16),
         "in_features": 6,
-        "fraction": 0.5,
+        "amount": 0.5,
         "seed": 0,
         "step": 0,
     }
-    set_rewire_(**good)
+    rewire_(**good)
     with pytest.raises(ValueError, match=message):
-        set_rewire_(**(good | change))
+        rewire_(**(good | change))

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.heads.growth import growth_scores
 from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.rewire import RewireReport, set_rewire_
+from xmc.nn.rewire import RewireReport, rewire_
+from xmc.nn.rewire_schedule import prune_amount
+from xmc.nn.slot_age import SlotAges
 from xmc.types import SparseLabels, TopK
 from xmc_kernels.classifier import ClassifierState, UpdateRule, classifier_step_, make_state
 from xmc_kernels.topk import fan_in_topk
@@ -131,19 +134,54 @@ class ClassifierHead(nn.Module):
         )
         return TopK(scores, labels)
 
-    def rewire_(self, config: RewireConfig, *, seed: int, step: int) -> RewireReport:
-        """One SET step on the layer and the optimizer's moments, in place."""
+    @torch.no_grad()
+    def rewire_(
+        self,
+        config: RewireConfig,
+        *,
+        seed: int,
+        step: int,
+        progress: float = 0.0,
+        reps: Tensor | None = None,  # [B, D], all rows of the step just taken
+        labels: SparseLabels | None = None,  # of the same B rows
+        ages: SlotAges | None = None,
+    ) -> RewireReport:
+        """Prune and regrow the layer's inputs, optimizer moments with them, in place.
+
+        `progress` is the share of the rewiring period that has passed, for annealing. RigL needs
+        `reps` and `labels`: its gradient is that of their mean loss at the present weights.
+
+        Raises ValueError for a dense head, for RigL without rows, and between the passes of an
+        accumulated step.
+        """
         if not isinstance(self.layer, FixedFanInLinear):
             raise ValueError("rewire.method: a dense head has no pattern to rewire")
+        if config.method == "static":
+            raise ValueError('rewire.method: expected "set" or "rigl", got "static"')
+        if self.moments.grad_weight is not None:
+            raise ValueError("expected to rewire after an optimizer step, got one half accumulated")
+        growth = None
+        if config.method == "rigl":
+            if reps is None or labels is None:
+                raise ValueError("rewire.method: rigl needs the representations and labels of rows")
+            layer = self.layer
+            growth = growth_scores(
+                reps, labels, layer.weight, layer.index, layer.bias, loss=self.loss
+            )
         moments = [m for m in (self.moments.weight_m, self.moments.weight_v) if m is not None]
-        return set_rewire_(
+        return rewire_(
             self.layer.weight,
             self.layer.index,
             self.layer.in_features,
-            fraction=config.fraction,
+            prune=config.prune,
+            amount=prune_amount(config, progress),
             seed=seed,
             step=step,
+            growth=growth,
+            init=config.init,
             moments=moments,
+            keep_moments=config.moments == "keep",
+            ages=ages,
         )
 
     def training_state(self) -> dict[str, Tensor]:

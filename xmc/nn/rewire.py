@@ -1,26 +1,32 @@
-"""Sparse evolutionary training (SET): prune the smallest weights of a label, regrow at random.
+"""Rewiring of a fixed fan-in matrix: prune the smallest weights of a label, regrow elsewhere.
 
-Source: Mocanu et al., arXiv 1707.04383; at extreme numbers of labels arXiv 2411.03171, section 3.
+Sources: SET, Mocanu et al., arXiv 1707.04383; RigL, Evci et al., arXiv 1911.11134; N:M patterns,
+SRigL, arXiv 2305.02299; at extreme numbers of labels arXiv 2411.03171, section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from xmc.nn.prune import lost_slots, magnitude, most_lost
+from xmc.nn.regrow import grow_at_random, grow_by_score
+from xmc.nn.slot_age import AgeReport, SlotAges
+from xmc.nn.streams import MAX_BOUND, stream, substreams, symmetric_uniform
 from xmc_kernels.checks import validate_index
+from xmc_kernels.packing import check_pattern, pack_index, unpack_index
+
+Growth = Callable[[int, int], Tensor]
+"""`growth(start, stop)`: score [stop - start, D] of every input for index rows start..stop."""
 
 _TILE_SLOTS = 2**18  # weights rewired at a time, so that a tile's work stays in cache
-
-# splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014):
-# the golden-ratio increment keeps streams apart, the two multipliers are its finalizer, David
-# Stafford's mix 13. Signed, because torch's 64-bit integers are; products wrap alike.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-_DRAW_BITS = 36  # a draw times a bound below 2**27 stays inside 63 bits
+_TILE_SCORES = 2**20  # numbers of [G, D] per index row at a time, where there is a growth
+_INIT = 1  # purpose of the streams that new weights are drawn from; inputs have purpose 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class RewireReport:
     dead_labels: Tensor
     """Labels [n] int64 whose surviving weights are all zero: they score nothing but their bias
     until a new input has learnt."""
+    ages: AgeReport | None = None
+    """How long inputs have stayed, where ages were given."""
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain numbers for a log; labels as their count."""
@@ -41,134 +49,182 @@ class RewireReport:
             "pruned": self.pruned,
             "churn": self.churn,
             "dead_labels": self.dead_labels.shape[0],
+            **({} if self.ages is None else self.ages.to_dict()),
         }
 
 
 @torch.no_grad()
-def set_rewire_(
+def rewire_(
     weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F] uint16 or int32, sorted, distinct
+    index: Tensor,  # [L/G, F] uint16 or int32, sorted, distinct; [L/G, P] uint8 with a pattern
     in_features: int,  # D
     *,
-    fraction: float,
+    amount: float,
     seed: int,
     step: int,
+    prune: Literal["fraction", "threshold"] = "fraction",
+    growth: Growth | None = None,
+    init: Literal["zero", "uniform"] = "zero",
     moments: Sequence[Tensor] = (),  # optimizer state of weight's shape
+    keep_moments: bool = False,
+    pattern: tuple[int, int] | None = None,
+    row_offset: int = 0,
+    ages: SlotAges | None = None,
     tile_slots: int = _TILE_SLOTS,
 ) -> RewireReport:
-    """One SET step, in place: each index row loses `round(fraction * F)` inputs and gains as many.
+    """One rewiring, in place: index rows lose inputs of small weights and gain as many others.
 
     Pruned are the slots of smallest |w| (in groups: mean |w| over the G labels), ties by the lower
-    slot. Regrown are inputs uniform among those the row did not read before, so fewer are pruned
-    where fewer than that exist. Survivors keep weight and moments, new slots get zero for both,
-    and rows stay sorted.
+    slot: `round(amount * F)` of each row ("fraction"), or all below `amount` ("threshold"). A row
+    keeps at least one slot, and loses no more than there are inputs that it does not read.
+    Regrown are inputs that the row did not read before: uniformly drawn (SET), or with `growth`
+    those of the highest score, ties by the lower input (RigL: |dL/dW_dense|, in groups its mean).
+    With a `pattern` (n, m) that happens within each block of m inputs, and index is packed.
 
-    Randomness is a hash of (seed, step, index row): the same after a resume and for any
-    `tile_slots`, the number of weights handled at a time, which bounds the memory (about 60 bytes
-    each; [L, D] never exists).
+    Survivors keep weight and moments; rows stay sorted. New weights are 0 or U(-1/sqrt F,
+    1/sqrt F); their moments are 0, or with `keep_moments` what the slot had before.
 
-    Raises ValueError or TypeError on shapes that do not fit, a fraction outside [0, 1] or an
-    invalid index.
+    Randomness is a hash of (seed, step, index row, label), rows counted from `row_offset` (the
+    first row of a label shard): the same after a resume and for any `tile_slots`, the number of
+    weights handled at a time, which bounds the memory (about 80 bytes each; with a growth also
+    some blocks of 2^20 numbers; [L, D] never exists).
+
+    Raises ValueError or TypeError on shapes that do not fit, options out of range, an invalid
+    index, and growth scores that are not finite.
     """
-    _check(weight, index, in_features, fraction, moments)
-    num_rows, fan_in = index.shape
+    _check_options(amount, prune, init, row_offset)
+    _check(weight, index, in_features, moments, pattern)
+    num_rows, fan_in = index.shape[0], weight.shape[1]
     group_size = weight.shape[0] // num_rows
-    num_pruned = min(round(fraction * fan_in), in_features - fan_in)
-    stream = _stream(seed, step, weight.device)
-    values = [tensor.view(num_rows, group_size, fan_in) for tensor in (weight, *moments)]
-    dead = []
+    most = most_lost(fan_in, in_features, pattern)
+    below = None
+    if prune == "fraction":
+        most = min(most, round(amount * fan_in))
+    else:
+        below = amount * group_size  # of a sum over the group
+    keys = stream(seed, step, weight.device)
+    init_keys = stream(seed, step, weight.device, _INIT) if init == "uniform" else None
+    values = [tensor.unflatten(0, (num_rows, group_size)) for tensor in (weight, *moments)]
+    pruned, dead = 0, []
     step_rows = max(1, tile_slots // (fan_in * group_size))
+    if growth is not None:
+        step_rows = min(step_rows, max(1, _TILE_SCORES // (in_features * group_size)))
     for start in range(0, num_rows, step_rows):
         stop = min(start + step_rows, num_rows)
-        rows = torch.arange(start, stop, device=weight.device)
         tile = [value[start:stop] for value in values]
-        lost = _lowest(tile[0], num_pruned)
-        for value in tile:
-            value.scatter_(2, lost.unsqueeze(1).expand(-1, group_size, -1), 0)
+        old = _inputs(index[start:stop], pattern, fan_in)
+        lost = lost_slots(magnitude(tile[0]), most=most, below=below, pattern=pattern)
+        num_lost = int(lost.sum())
+        pruned += num_lost
+        for value in tile[:1] if keep_moments else tile:
+            value.masked_fill_(lost.unsqueeze(1), 0)
         dead.append(start * group_size + (tile[0] == 0).all(2).flatten().nonzero().flatten())
-        if num_pruned:
-            _regrow_(tile, index[start:stop], lost, in_features, _mix(stream + rows * _GOLDEN))
-    return RewireReport(num_rows * num_pruned, num_pruned / fan_in, torch.cat(dead))
+        if not num_lost:
+            order = torch.arange(fan_in, device=old.device).expand_as(old)
+        else:
+            rows = torch.arange(start, stop, device=old.device) + row_offset
+            score = None if growth is None else _scores(growth, start, stop, in_features)
+            new = _new_inputs(old, lost, in_features, pattern, substreams(keys, rows), score)
+            if init_keys is not None:
+                _draw_weights_(tile[0], lost, new, rows, init_keys)
+            rewired, order = old.masked_scatter(lost, new).sort(dim=1)
+            index[start:stop] = _stored(rewired, pattern, index.dtype)
+            for value in tile:
+                value.copy_(value.gather(2, order.unsqueeze(1).expand_as(value)))
+        if ages is not None:
+            ages.move_(start, stop, lost, order)
+    if ages is not None:
+        ages.rewirings += 1
+    report = None if ages is None else ages.report()
+    return RewireReport(pruned, pruned / (num_rows * fan_in), torch.cat(dead), report)
 
 
-def _lowest(weight: Tensor, count: int) -> Tensor:
-    """The `count` slots of least mean |w| of weight [R, G, F], as [R, count] int64."""
-    # Added one label after another, so that the sum does not depend on the size of the tile.
-    score = weight[:, 0].abs().to(torch.promote_types(weight.dtype, torch.float32))
-    for member in range(1, weight.shape[1]):
-        score += weight[:, member].abs()
-    return score.sort(dim=1, stable=True).indices[:, :count]
-
-
-def _regrow_(
-    tile: Iterable[Tensor],  # weights and moments, each [R, G, F], zero in the lost slots
-    index: Tensor,  # [R, F]
-    lost: Tensor,  # [R, P] int64, slots
+def _new_inputs(
+    old: Tensor,  # [R, F] int64
+    lost: Tensor,  # [R, F] bool
     in_features: int,
-    keys: Tensor,  # [R] int64, one random stream per row
+    pattern: tuple[int, int] | None,
+    keys: Tensor,  # [R] int64
+    score: Tensor | None,  # [R, D]
+) -> Tensor:  # [n] int64, one input per lost slot in order
+    """Choose by score, or at random. A block of a pattern is a short row with m inputs."""
+    base = torch.zeros((), dtype=torch.int64, device=old.device)
+    if pattern is not None:
+        n, m = pattern
+        blocks = torch.arange(in_features // m, device=old.device)
+        base = (blocks * m).repeat(len(old)).unsqueeze(1)
+        old, lost = old.view(-1, n) - base, lost.view(-1, n)
+        keys = substreams(keys.unsqueeze(1), blocks).flatten()
+        score = None if score is None else score.reshape(-1, m)
+        in_features = m
+    counts = lost.sum(1)
+    if score is None:
+        chosen = grow_at_random(old, counts, in_features, keys)
+    else:
+        chosen = grow_by_score(old, counts, score)
+    wanted = torch.arange(chosen.shape[1], device=old.device) < counts.unsqueeze(1)
+    return (chosen + base)[wanted]
+
+
+def _draw_weights_(
+    weight: Tensor,  # [R, G, F]
+    lost: Tensor,  # [R, F] bool
+    new: Tensor,  # [n] int64, inputs of the lost slots
+    rows: Tensor,  # [R] int64
+    key: Tensor,
 ) -> None:
-    """Put new inputs in the lost slots and sort each row by input again."""
-    old = index.to(torch.int64)
-    num_candidates = in_features - index.shape[1]
-    ranks = _distinct_below(num_candidates, lost.shape[1], keys)
-    # The r-th input missing from the sorted row a_0 < a_1 < ... is r plus the number of i with
-    # a_i - i <= r, and a_i - i never falls.
-    gaps = old - torch.arange(old.shape[1], device=old.device)
-    new = ranks + torch.searchsorted(gaps, ranks, right=True)
-    rewired, order = old.scatter_(1, lost, new).sort(dim=1)
-    index.copy_(rewired)
-    for value in tile:
-        value.copy_(value.gather(2, order.unsqueeze(1).expand_as(value)))
+    """U(-1/sqrt F, 1/sqrt F) for each label and new input."""
+    group_size, fan_in = weight.shape[1:]
+    labels = rows.unsqueeze(1) * group_size + torch.arange(group_size, device=rows.device)
+    label_keys = substreams(key, labels)[lost.nonzero()[:, 0]]  # [n, G]
+    drawn = symmetric_uniform(substreams(label_keys, new.unsqueeze(1))) / math.sqrt(fan_in)
+    weight.transpose(1, 2)[lost] = drawn.to(weight.dtype)
 
 
-def _distinct_below(high: int, count: int, keys: Tensor) -> Tensor:
-    """[R, count] distinct numbers below `high` per row, every subset equally likely.
-
-    Floyd's algorithm (Bentley, CACM 30(9), 1987): the j-th draw is from one number more than the
-    draw before, and a repeated draw is replaced by that new number.
-    """
-    chosen = torch.empty(count, keys.shape[0], dtype=torch.int64, device=keys.device)
-    for j in range(count):
-        newest = high - count + j
-        draw = _below(newest + 1, keys, j)
-        taken = (chosen[:j] == draw).any(0)
-        chosen[j] = torch.where(taken, newest, draw)
-    return chosen.t().contiguous()
+def _scores(growth: Growth, start: int, stop: int, in_features: int) -> Tensor:
+    score = growth(start, stop)
+    if list(score.shape) != [stop - start, in_features]:
+        raise ValueError(
+            f"expected growth scores of shape {[stop - start, in_features]} "
+            f"for index rows {start} to {stop}, got {list(score.shape)}"
+        )
+    return score
 
 
-def _stream(seed: int, step: int, device: torch.device) -> Tensor:
-    """The hash [] int64 of a rewiring, to which a row's number is added."""
-    wrapped = (seed + 2**63) % 2**64 - 2**63
-    key = _mix(torch.tensor(wrapped, dtype=torch.int64, device=device) + _GOLDEN)
-    return _mix(key + (step + 1) * torch.tensor(_GOLDEN, device=device)) + _GOLDEN
+def _inputs(index: Tensor, pattern: tuple[int, int] | None, fan_in: int) -> Tensor:
+    """Index rows as they are stored -> [R, F] int64."""
+    wide = index if pattern is None else unpack_index(index, pattern, fan_in)
+    return wide.to(torch.int64)
 
 
-def _below(bound: int, keys: Tensor, counter: int) -> Tensor:
-    """The counter-th draw of each stream, in [0, bound); bias at most bound / 2^36."""
-    bits = _mix(keys + (counter + 1) * torch.tensor(_GOLDEN, device=keys.device))
-    return (_shift(bits, 64 - _DRAW_BITS) * bound) >> _DRAW_BITS
+def _stored(inputs: Tensor, pattern: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
+    return inputs.to(dtype) if pattern is None else pack_index(inputs, pattern)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finalizer, elementwise on int64 taken as unsigned."""
-    for shift, factor in _MIX:
-        x = (x ^ _shift(x, shift)) * factor
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+def _check_options(amount: float, prune: str, init: str, row_offset: int) -> None:
+    if prune not in ("fraction", "threshold"):
+        raise ValueError(f'expected prune of "fraction" or "threshold", got {prune!r}')
+    if init not in ("zero", "uniform"):
+        raise ValueError(f'expected init of "zero" or "uniform", got {init!r}')
+    if prune == "fraction" and not 0 <= amount <= 1:
+        raise ValueError(f"expected a fraction in [0, 1], got {amount}")
+    if not 0 <= amount < math.inf:
+        raise ValueError(f"expected a threshold of at least 0, got {amount}")
+    if row_offset < 0:
+        raise ValueError(f"expected row_offset of at least 0, got {row_offset}")
 
 
 def _check(
-    weight: Tensor, index: Tensor, in_features: int, fraction: float, moments: Sequence[Tensor]
+    weight: Tensor,
+    index: Tensor,
+    in_features: int,
+    moments: Sequence[Tensor],
+    pattern: tuple[int, int] | None,
 ) -> None:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"expected fraction in [0, 1], got {fraction}")
-    if not 0 < in_features < 2 ** (63 - _DRAW_BITS):
+    if not 0 < in_features < MAX_BOUND:
         raise ValueError(f"expected in_features in [1, 2^27), got {in_features}")
-    if weight.dim() != 2 or index.dim() != 2 or weight.shape[1] != index.shape[1]:
+    same = pattern is not None or weight.shape[-1] == index.shape[-1]
+    if weight.dim() != 2 or index.dim() != 2 or not same:
         raise ValueError(
             f"expected weight [L, F] and index [L/G, F], "
             f"got {list(weight.shape)} and {list(index.shape)}"
@@ -184,4 +240,8 @@ def _check(
                 f"expected moments of shape {list(weight.shape)} to match weight, "
                 f"got {list(moment.shape)} at position {position}"
             )
-    validate_index(index, in_features)
+    if pattern is None:
+        validate_index(index, in_features)
+    else:
+        check_pattern(pattern, weight.shape[1], in_features)
+        validate_index(index, in_features, pattern)

@@ -19,7 +19,10 @@ from xmc.data.batches import Dataset, epoch_batches, epoch_order
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
+from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.lazy import LazyAdamW, coalesced
+from xmc.nn.rewire_schedule import is_due, rewire_progress
+from xmc.nn.slot_age import SlotAges
 from xmc.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -71,6 +74,8 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(train_set) / self.rows_per_step)
         self.total_steps = options.epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
+        self.ages = make_slot_ages(model.head.layer, config)
+        self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
         self.best: dict[str, float] = {}
         self.bad_epochs = 0
         self.stopped_early = False
@@ -100,7 +105,7 @@ class Trainer:
         for rows in epoch_batches(order, self.rows_per_step, start=done):
             started = time.perf_counter()
             loss, grad_norm = self._optimizer_step(rows, measure=self._logs(self.step + 1))
-            rewired = self._rewire()
+            rewired = self._rewire(rows)
             seconds = time.perf_counter() - started
             self.seconds += seconds
             progress.step(loss, len(rows) / seconds, peak_memory_bytes(self.device))
@@ -150,6 +155,8 @@ class Trainer:
         for position, chunk in enumerate(chunks, start=1):
             batch = self.train_set.batch(chunk).to(self.device)
             reps = self.model.encoder(batch.inputs)
+            if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
+                self._step_reps.append(reps.detach())
             result = head.loss_and_grad(
                 reps.detach(),
                 batch.labels,
@@ -171,12 +178,28 @@ class Trainer:
         self.step += 1
         return loss, norm
 
-    def _rewire(self) -> dict[str, Any] | None:
-        rewire = self.config.rewire
-        due = rewire.method != "static" and self.step % rewire.interval == 0
-        if not due or self.step >= rewire.end * self.total_steps:
+    def _rewires_after(self, step: int) -> bool:
+        return is_due(self.config.rewire, step, self.total_steps)
+
+    def _rewire(self, rows: Tensor) -> dict[str, Any] | None:
+        """Rewire if it is due after the step on the examples `rows` [R]; what to log of it."""
+        if not self._rewires_after(self.step):
             return None
-        report = self.model.head.rewire_(rewire, seed=self.config.train.seed, step=self.step)
+        options = self.config.rewire
+        reps, labels = None, None
+        if self._step_reps:
+            # All passes of the step together: the gradient is that of the whole step.
+            reps, self._step_reps = torch.cat(self._step_reps), []
+            labels = self.train_set.labels.rows(rows).to(self.device)
+        report = self.model.head.rewire_(
+            options,
+            seed=self.config.train.seed,
+            step=self.step,
+            progress=rewire_progress(options, self.step, self.total_steps),
+            reps=reps,
+            labels=labels,
+            ages=self.ages,
+        )
         return report.to_dict()
 
     def _end_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> None:
@@ -212,6 +235,8 @@ class Trainer:
     def _checkpoint(self, log: RunLog) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.weights().items()}
         tensors |= {f"head.{k}": v for k, v in self.model.head.training_state().items()}
+        if self.ages is not None:
+            tensors |= {f"rewire.{k}": v for k, v in self.ages.tensors().items()}
         optimizer = self.optimizer.state_dict()["state"]
         counters: dict[str, dict[str, Any]] = {}
         for slot, values in optimizer.items():
@@ -243,6 +268,8 @@ class Trainer:
         tensors, state = load_checkpoint(path)
         load_into(self.model.weights(), tensors, "model.")
         load_into(self.model.head.training_state(), tensors, "head.")
+        if self.ages is not None:
+            load_into(self.ages.tensors(), tensors, "rewire.")
         slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -292,6 +319,14 @@ def make_encoder_optimizer(encoder: nn.Module, config: Config) -> LazyAdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return LazyAdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+def make_slot_ages(layer: nn.Module, config: Config) -> SlotAges | None:
+    """Ages of the layer's slots, where its pattern evolves."""
+    if config.rewire.method == "static" or not isinstance(layer, FixedFanInLinear):
+        return None
+    index = layer.index
+    return SlotAges(index.shape[0], layer.fan_in, device=index.device)
 
 
 @torch.no_grad()

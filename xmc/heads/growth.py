@@ -1,0 +1,78 @@
+"""How much a label wants each input: the gradient of its dense weights, tile by tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xmc.nn.regrow import group_score
+from xmc.nn.rewire import Growth
+from xmc.types import SparseLabels
+from xmc_kernels.fan_in import fan_in_linear
+
+_TILE = 2**20  # numbers of [B, C] scores or [C, D] gradients held at a time
+
+
+def growth_scores(
+    reps: Tensor,  # [B, D]
+    labels: SparseLabels,  # B rows
+    weight: Tensor,  # [L, F]
+    index: Tensor,  # [L/G, F]
+    bias: Tensor | None,  # [L]
+    *,
+    loss: str,
+) -> Growth:
+    """|dL/dW_dense| for `rewire_` (RigL), L being the loss summed over labels, mean over rows.
+
+    For a linear layer that is `|dL/dscores.T @ reps|`, in groups its mean over the G labels. The
+    whole set of tiles costs one GEMM over B x L x D and the sparse scores; at most 2^20 numbers of
+    scores and as many of gradient exist at a time ([B, G] and [G, D] at least).
+
+    Raises ValueError on an unknown loss or a number of label rows that does not match.
+    """
+    if loss not in _GRADIENTS:
+        raise ValueError(f"expected a loss of {', '.join(_GRADIENTS)}, got {loss!r}")
+    num_rows, in_features = reps.shape
+    if len(labels) != num_rows:
+        raise ValueError(f"expected labels of {num_rows} rows to match reps, got {len(labels)}")
+    group_size = weight.shape[0] // index.shape[0]
+    width = max(1, _TILE // (max(num_rows, in_features) * group_size))
+    x = reps.to(torch.promote_types(reps.dtype, torch.float32))
+    x_mean = x / num_rows
+
+    def tile(start: int, stop: int) -> Tensor:
+        first, last = start * group_size, stop * group_size
+        label_bias = None if bias is None else bias[first:last]
+        scores = fan_in_linear(x, weight[first:last], index[start:stop], label_bias)
+        gradient = _GRADIENTS[loss](scores, *labels.tile(first, last))
+        return group_score(gradient.T @ x_mean, group_size)
+
+    @torch.no_grad()
+    def growth(start: int, stop: int) -> Tensor:
+        if stop - start <= width:
+            return tile(start, stop)
+        out = x.new_empty(stop - start, in_features)
+        for first in range(start, stop, width):
+            last = min(first + width, stop)
+            out[first - start : last - start] = tile(first, last)
+        return out
+
+    return growth
+
+
+def _bce(scores: Tensor, rows: Tensor, positives: Tensor) -> Tensor:
+    """Gradient of the binary cross-entropy with logits: sigmoid(s) - y. Overwrites scores."""
+    gradient = scores.sigmoid_()
+    gradient[rows, positives] -= 1
+    return gradient
+
+
+def _squared_hinge(scores: Tensor, rows: Tensor, positives: Tensor) -> Tensor:
+    """Gradient of `max(0, 1 - y s)^2`, y = 1 or -1. Overwrites scores."""
+    gained = scores[rows, positives]
+    gradient = scores.add_(1).clamp_(min=0).mul_(2)
+    gradient[rows, positives] = -2 * (1 - gained).clamp(min=0)
+    return gradient
+
+
+_GRADIENTS = {"bce": _bce, "squared_hinge": _squared_hinge}
