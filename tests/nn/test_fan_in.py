@@ -64,7 +64,7 @@ def test_equals_the_dense_layer_forward_and_backward(
     d_out = torch.randn(out.shape)
     out.backward(d_out)
     expected.backward(d_out.double())
-    at_index = dense.grad.gather(1, layer.matrix._label_index().long())
+    at_index = dense.grad.gather(1, layer.matrix._label_inputs().long())
     for got, want in (
         (x.grad, x64.grad),
         (layer.weight.grad, at_index),

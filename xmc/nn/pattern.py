@@ -6,12 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xmc_kernels.packing import pack_index, packed_bytes
+
 _TILE = 2**22  # numbers drawn at a time
 
 
 def index_dtype(in_features: int) -> torch.dtype:
     """uint16 while every input fits in it (D <= 65536), else int32."""
     return torch.uint16 if in_features <= 2**16 else torch.int32
+
+
+def index_columns(fan_in: int, in_features: int, pattern: tuple[int, int] | None) -> int:
+    """Bytes of an index row."""
+    if pattern is not None:
+        return packed_bytes(fan_in, pattern)
+    return fan_in * index_dtype(in_features).itemsize
+
+
+def draw_pattern_(index: Tensor, in_features: int, pattern: tuple[int, int]) -> Tensor:
+    """Fill packed index [R, P]: n of every m inputs, every subset of a block equally likely."""
+    n, m = pattern
+    blocks = in_features // m
+    base = np.arange(blocks, dtype=np.int32)[:, None] * m
+    step = max(1, _TILE // in_features)
+    for start in range(0, index.shape[0], step):
+        rows = index[start : start + step]
+        local = _distinct_rows(rows.shape[0] * blocks, n, m).reshape(-1, blocks, n)
+        rows.copy_(pack_index(torch.from_numpy((local + base).reshape(len(rows), -1)), pattern))
+    return index
 
 
 def draw_index_(index: Tensor, in_features: int) -> Tensor:
@@ -21,18 +43,20 @@ def draw_index_(index: Tensor, in_features: int) -> Tensor:
     never [R, D].
     """
     num_rows, fan_in = index.shape
-    # More than half of the inputs: draw the ones left out, so that collisions stay rare.
-    left_out = in_features - fan_in
-    invert = left_out < fan_in
-    step = max(1, _TILE // (in_features if invert else fan_in))
+    step = max(1, _TILE // (in_features if 2 * fan_in > in_features else fan_in))
     for start in range(0, num_rows, step):
         rows = min(step, num_rows - start)
-        if invert:
-            tile = _complement(_distinct(rows, left_out, in_features), in_features)
-        else:
-            tile = _distinct(rows, fan_in, in_features)
+        tile = _distinct_rows(rows, fan_in, in_features)
         index[start : start + rows] = torch.from_numpy(tile).to(index.dtype)
     return index
+
+
+def _distinct_rows(num_rows: int, count: int, high: int) -> np.ndarray:
+    """[num_rows, count] integers below `high`, distinct and sorted within a row."""
+    # More than half of the inputs: draw the ones left out, so that collisions stay rare.
+    if 2 * count > high:
+        return _complement(_distinct(num_rows, high - count, high), high)
+    return _distinct(num_rows, count, high)
 
 
 def _distinct(num_rows: int, count: int, high: int) -> np.ndarray:
