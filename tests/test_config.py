@@ -88,8 +88,8 @@ def test_every_shipped_recipe_loads_by_name(name):
         ),
         (
             "[heads]\nfan_in = 3",
-            "heads: unknown key (known: features, encoder, head, rewire, encoder_optimizer, "
-            "classifier_optimizer, train); did you mean head?",
+            "heads: unknown key (known: features, encoder, head, rewire, auxiliary, "
+            "encoder_optimizer, classifier_optimizer, train); did you mean head?",
         ),
         ("lr = 3", "lr: unknown key (known: features, "),
         ("head = 3", "head: input should be an object, got 3"),

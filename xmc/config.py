@@ -81,10 +81,24 @@ class HeadConfig:
     """F: features that each label reads."""
     group_size: Positive = 1
     """G: neighbouring labels that share one set of features."""
+    pattern: Annotated[str, Field(pattern=r"^([1-9][0-9]?:(4|8|16|32))?$")] = ""
+    """n:m, such as 2:16: each label reads n of every m neighbouring features, and stores which in
+    log2(m) bits a feature; fan_in is n * D / m. Empty: any features."""
+    weight_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    """How weights are stored; below float32 they are rounded stochastically, without a float32
+    copy. float8 (sparse only, with a scale per label) is experimental."""
     loss: Literal["bce", "squared_hinge"] = "bce"
     """Summed over labels, mean over examples."""
     bias_init: Literal["zero", "log_prior"] = "log_prior"
     """log_prior: logit of the label's frequency, so that training starts at the base rate."""
+
+    def __post_init__(self) -> None:
+        sparse_only = {"pattern": self.pattern, "weight_dtype": self.weight_dtype == "float8"}
+        for name, wanted in sparse_only.items():
+            if wanted and self.kind != "sparse":
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} needs kind = 'sparse', got {self.kind!r}"
+                )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -119,6 +133,25 @@ class RewireConfig:
     moments: Literal["reset", "keep"] = "reset"
     """Optimizer state of a replaced slot. reset: zero; keep: what the old input left, which pushes
     the new weight in the old one's direction."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AuxiliaryConfig:
+    """A second objective for the first epochs, so that more gradient reaches the encoder."""
+
+    kind: Literal["none", "clusters"] = "none"
+    """clusters: a dense head tells which clusters of labels hold a positive; never part of the
+    trained model."""
+    scale: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """s in the loss (1 - s) * classifier + s * auxiliary at the first step; cosine to 0."""
+    cutoff_epochs: Positive = 10
+    """Epochs after which s is 0 and the head is dropped; may be more than train.epochs."""
+    max_labels: Positive = 100
+    """Most labels of a cluster; there are 2^n clusters of equal size."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """mean over examples and clusters; sum over clusters, mean over examples, as the classifier."""
+    lr: Rate = 5e-4
+    """Learning rate of the head's AdamW after warm-up; same schedule as the others."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -179,6 +212,7 @@ class Config:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     rewire: RewireConfig = field(default_factory=RewireConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     encoder_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
     classifier_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,7 @@ class ClassifierHead(nn.Module):
         )
         self.lr = optimizer.lr  # set by the trainer before every step
         self.steps = 0  # optimizer steps taken
+        self.seed = 0  # of stochastic rounding
         self._moments: ClassifierState | None = None
 
     @classmethod
@@ -59,14 +62,21 @@ class ClassifierHead(nn.Module):
     ) -> ClassifierHead:
         """A fresh head; `label_shares` feeds the log-prior bias."""
         layer: FixedFanInLinear | nn.Linear
+        dtype = _DTYPES[config.weight_dtype]
         if config.kind == "sparse":
             layer = FixedFanInLinear(
-                in_features, num_labels, config.fan_in, group_size=config.group_size
+                in_features,
+                num_labels,
+                config.fan_in,
+                group_size=config.group_size,
+                pattern=_pattern(config.pattern),
+                dtype=dtype,
             )
         else:
-            layer = nn.Linear(in_features, num_labels)
+            layer = nn.Linear(in_features, num_labels, dtype=dtype)
+        assert layer.bias is not None
+        layer.bias = nn.Parameter(layer.bias.float())  # one a label: not worth the rounding
         bias = layer.bias
-        assert bias is not None
         with torch.no_grad():
             bias.zero_()
             if config.bias_init == "log_prior" and label_shares is not None:
@@ -77,6 +87,13 @@ class ClassifierHead(nn.Module):
     def index(self) -> Tensor | None:
         """[L/G, F] for a sparse layer, None for a dense one."""
         return self.layer.index if isinstance(self.layer, FixedFanInLinear) else None
+
+    @property
+    def _storage(self) -> dict[str, Any]:
+        """How the layer's numbers are stored, for the operations."""
+        if isinstance(self.layer, FixedFanInLinear):
+            return {"pattern": self.layer.pattern, "scale": self.layer.weight_scale}
+        return {}
 
     @property
     def moments(self) -> ClassifierState:
@@ -97,8 +114,9 @@ class ClassifierHead(nn.Module):
         *,
         num_rows: int | None = None,
         update: bool = True,
+        weight: float = 1.0,
     ) -> HeadResult:
-        """Loss summed over labels, mean over `num_rows`; updates the layer in place.
+        """`weight` times the loss summed over labels, mean over `num_rows`; updates the layer.
 
         Raises ValueError on representations that are not finite.
         """
@@ -109,13 +127,15 @@ class ClassifierHead(nn.Module):
             self.layer.bias,
             labels.indptr,
             labels.indices,
+            **self._storage,
             loss=self.loss,
             rule=self.rule,
             state=self.moments,
             lr=self.lr,
             step=self.steps + 1,
-            grad_scale=1.0 / (num_rows or len(reps)),
+            grad_scale=weight / (num_rows or len(reps)),
             update=update,
+            seed=self.seed,
         )
         self.steps += update
         return HeadResult(loss, d_reps)
@@ -130,7 +150,9 @@ class ClassifierHead(nn.Module):
         """The k best labels of each row, streamed over label tiles."""
         pairs = None if exclude is None else (exclude.indptr, exclude.indices)
         scores, labels = fan_in_topk(
-            reps, self.layer.weight, self.index, self.layer.bias, k, exclude=pairs
+            *(reps, self.layer.weight, self.index, self.layer.bias, k),
+            **self._storage,
+            exclude=pairs,
         )
         return TopK(scores, labels)
 
@@ -188,6 +210,21 @@ class ClassifierHead(nn.Module):
         """The optimizer's tensors, by name; the same storage, so that they can be loaded into."""
         named = {name: getattr(self.moments, name) for name in _MOMENTS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.float8_e4m3fn,
+}
+
+
+def _pattern(text: str) -> tuple[int, int] | None:
+    """(n, m) from "n:m"."""
+    if not text:
+        return None
+    n, m = text.split(":")
+    return int(n), int(m)
 
 
 _MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v")

@@ -21,6 +21,10 @@ class HeadResult:
     loss: Tensor  # [] float32
     d_reps: Tensor  # [B, D], the loss's gradient with respect to the representations
 
+    def __add__(self, other: HeadResult) -> HeadResult:
+        """The result of the sum of two losses on the same rows."""
+        return HeadResult(self.loss + other.loss, self.d_reps + other.d_reps)
+
 
 class Head(Protocol):
     """Loss and gradient of a batch of representations; the head's own weights are its business."""
@@ -32,6 +36,7 @@ class Head(Protocol):
         *,
         num_rows: int | None = None,
         update: bool = True,
+        weight: float = 1.0,
     ) -> HeadResult:
         """Return the loss and `d_reps` of these rows.
 
@@ -39,5 +44,7 @@ class Head(Protocol):
             num_rows: rows of the whole optimizer step, over which the mean is taken (default: B).
             update: False keeps the gradient of the head's weights for a later call of the same
                 step; True applies it together with what was kept.
+            weight: factor of the loss, and so of every gradient, that of the head's own weights
+                included: heads with weights w and 1 - w train on the weighted sum of losses.
         """
         ...

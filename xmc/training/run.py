@@ -1,7 +1,7 @@
 """From a recipe and a data folder to a run folder: what `xmc train` does.
 
-The run folder holds `run.json` (recipe, data, versions), `log.jsonl`, `checkpoints/` and `model/`
-(the best epoch).
+The run folder holds `run.json` (recipe, data, versions), `log.jsonl`, `checkpoints/`, `model/` (the
+best epoch) and, with an auxiliary objective, `clusters.safetensors`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from xmc.data.formats import has_split, read_labels
 from xmc.files import check_free, write_json
 from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
+from xmc.training.auxiliary import CLUSTERS_FILE, find_clusters, load_clusters, make_auxiliary
 from xmc.training.trainer import Trainer
 
 _PACKAGES = ("xmc-toolkit", "torch", "numpy", "numba", "transformers")
@@ -60,6 +61,7 @@ def train(
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
+    clusters = None if resume else find_clusters(config, train_set)
     torch.manual_seed(config.train.seed)
     shares = _label_shares(train_set)
     model = build_model(config, features, labels, label_shares=shares)
@@ -67,11 +69,23 @@ def train(
     record = _record(config, data, train_set, validation_set)
     if resume:
         _check_same_data(out, record)
+        clusters = load_clusters(config, out)
     else:
         out.mkdir(parents=True, exist_ok=True)
+        if clusters is not None:
+            clusters.save(out / CLUSTERS_FILE)
         save_model(model, out / "model")
         write_json(out / "run.json", record)
-    trainer = Trainer(model, config, train_set, validation_set, out, show_progress=show_progress)
+    trainer = Trainer(
+        model,
+        config,
+        train_set,
+        validation_set,
+        out,
+        # Held by the trainer alone, which drops it at the cut-off.
+        auxiliary=make_auxiliary(config, clusters, train_set, model.encoder.out_features, device),
+        show_progress=show_progress,
+    )
     trainer.fit(resume=resume)
     del trainer, model  # with their moments, before the best epoch is loaded
     return load_model(out / "model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import signal
 import time
 from collections.abc import Iterator
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from xmc.config import Config
 from xmc.data.batches import Dataset, epoch_batches, epoch_order
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
+from xmc.heads.auxiliary import AuxiliaryHead
+from xmc.heads.head import Head
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.lazy import LazyAdamW, coalesced
 from xmc.nn.rewire_schedule import is_due, rewire_progress
 from xmc.nn.slot_age import SlotAges
+from xmc.training.auxiliary import PartMeter, auxiliary_share
 from xmc.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -60,9 +65,11 @@ class Trainer:
         validation_set: Dataset | None,
         run: Path,
         *,
+        auxiliary: AuxiliaryHead | None = None,
         show_progress: bool = True,
     ) -> None:
         self.model = model
+        self.auxiliary = auxiliary  # None from its cut-off on
         self.config = config
         self.train_set = train_set
         self.validation_set = validation_set
@@ -70,9 +77,11 @@ class Trainer:
         self.device = next(model.encoder.parameters()).device
         self.optimizer = make_encoder_optimizer(model.encoder, config)
         options = config.train
+        model.head.seed = options.seed
         self.rows_per_step = options.batch_size * options.accumulation
         self.steps_per_epoch = math.ceil(len(train_set) / self.rows_per_step)
         self.total_steps = options.epochs * self.steps_per_epoch
+        self.auxiliary_steps = config.auxiliary.cutoff_epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
         self.ages = make_slot_ages(model.head.layer, config)
         self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
@@ -104,7 +113,7 @@ class Trainer:
         self.model.train()
         for rows in epoch_batches(order, self.rows_per_step, start=done):
             started = time.perf_counter()
-            loss, grad_norm = self._optimizer_step(rows, measure=self._logs(self.step + 1))
+            loss, grad_norm, parts = self._optimizer_step(rows, measure=self._logs(self.step + 1))
             rewired = self._rewire(rows)
             seconds = time.perf_counter() - started
             self.seconds += seconds
@@ -118,11 +127,15 @@ class Trainer:
                     epoch=epoch,
                     loss=loss,
                     encoder_grad_norm=grad_norm,
+                    **parts,
                     encoder_lr=self.optimizer.param_groups[0]["lr"],
                     classifier_lr=self.model.head.lr,
                     examples_per_second=round(len(rows) / seconds, 1),
                     peak_memory_bytes=peak_memory_bytes(self.device),
                 )
+            if self.auxiliary is not None and self.step >= self.auxiliary_steps:
+                self.auxiliary = None
+                log.write("auxiliary_end", step=self.step)
             if self.step % self.steps_per_epoch == 0:
                 self._end_epoch(epoch, log, progress)
                 self._checkpoint(log)
@@ -135,10 +148,13 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % _LOG_EVERY == 0 or step == self.total_steps
 
-    def _optimizer_step(self, rows: Tensor, *, measure: bool) -> tuple[float, float]:
-        """One step on the examples `rows` [R]; returns the mean loss and the encoder's norm.
+    def _optimizer_step(
+        self, rows: Tensor, *, measure: bool
+    ) -> tuple[float, float, dict[str, float]]:
+        """One step on the examples `rows` [R]; returns the mean loss, the encoder's norm and parts.
 
-        The norm costs a pass over the gradient: 0 where nobody measures or clips it.
+        The norm costs a pass over the gradient: 0 where nobody measures or clips it. The parts of
+        the loss, for the log, are empty where nobody measures or where there is only one.
         """
         config, head = self.config, self.model.head
         factor = lr_factor(
@@ -150,6 +166,15 @@ class Trainer:
         head.lr = config.classifier_optimizer.lr * factor
         for group in self.optimizer.param_groups:
             group["lr"] = config.encoder_optimizer.lr * factor
+        heads: list[tuple[Head, float]] = [(head, 1.0)]
+        meter = None
+        if self.auxiliary is not None:
+            self.auxiliary.lr = config.auxiliary.lr * factor
+            share = auxiliary_share(
+                self.step, scale=config.auxiliary.scale, cutoff=self.auxiliary_steps
+            )
+            heads = [(head, 1 - share), (self.auxiliary, share)]
+            meter = PartMeter(share) if measure else None
         loss = 0.0
         chunks = rows.split(config.train.batch_size)
         for position, chunk in enumerate(chunks, start=1):
@@ -157,12 +182,19 @@ class Trainer:
             reps = self.model.encoder(batch.inputs)
             if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
                 self._step_reps.append(reps.detach())
-            result = head.loss_and_grad(
-                reps.detach(),
-                batch.labels,
-                num_rows=len(rows),
-                update=position == len(chunks),
-            )
+            results = [
+                part.loss_and_grad(
+                    reps.detach(),
+                    batch.labels,
+                    num_rows=len(rows),
+                    update=position == len(chunks),
+                    weight=weight,
+                )
+                for part, weight in heads
+            ]
+            if meter is not None:
+                meter.add(results)
+            result = functools.reduce(operator.add, results)
             reps.backward(result.d_reps)
             loss += float(result.loss)
         if not math.isfinite(loss):
@@ -176,7 +208,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss, norm
+        return loss, norm, {} if meter is None else meter.values()
 
     def _rewires_after(self, step: int) -> bool:
         return is_due(self.config.rewire, step, self.total_steps)
@@ -237,6 +269,8 @@ class Trainer:
         tensors |= {f"head.{k}": v for k, v in self.model.head.training_state().items()}
         if self.ages is not None:
             tensors |= {f"rewire.{k}": v for k, v in self.ages.tensors().items()}
+        if self.auxiliary is not None:
+            tensors |= {f"auxiliary.{k}": v for k, v in self.auxiliary.training_state().items()}
         optimizer = self.optimizer.state_dict()["state"]
         counters: dict[str, dict[str, Any]] = {}
         for slot, values in optimizer.items():
@@ -251,6 +285,7 @@ class Trainer:
         state = {
             "optimizer": counters,
             "head_steps": self.model.head.steps,
+            "auxiliary_steps": None if self.auxiliary is None else self.auxiliary.steps,
             "best": self.best,
             "bad_epochs": self.bad_epochs,
             "stopped_early": self.stopped_early,
@@ -268,6 +303,11 @@ class Trainer:
         tensors, state = load_checkpoint(path)
         load_into(self.model.weights(), tensors, "model.")
         load_into(self.model.head.training_state(), tensors, "head.")
+        if self.auxiliary is not None and state["auxiliary_steps"] is None:
+            self.auxiliary = None  # the checkpoint is from after the cut-off
+        if self.auxiliary is not None:
+            load_into(self.auxiliary.training_state(), tensors, "auxiliary.")
+            self.auxiliary.steps = state["auxiliary_steps"]
         if self.ages is not None:
             load_into(self.ages.tensors(), tensors, "rewire.")
         slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
