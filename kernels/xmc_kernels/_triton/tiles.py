@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from xmc_kernels._triton.launch import cdiv, power_of_2
-
-SOURCE = "2026-11-21, sm_80, sm_90 and sm_100 alike: not tuned, no GPU yet"
-"""Where the table comes from: the largest sizes that compile without spills (`aot.py`)."""
 
 PARTIAL_BYTES = 48 * 2**20
 """What the private copies of d_x may hold in the deterministic form."""
@@ -35,25 +33,68 @@ class Tiles:
     num_warps: int
 
 
-TABLE = {
-    # (training step, labels share features, float32 operands): largest sizes
-    (False, False, False): Tiles(1, 64, 128, walk=32, num_warps=4),
-    (False, False, True): Tiles(1, 64, 128, walk=32, num_warps=4),
-    (False, True, False): Tiles(64, 64, 128, walk=4, num_warps=8),
-    (False, True, True): Tiles(16, 32, 64, walk=4, num_warps=8),
-    (True, False, False): Tiles(1, 64, 128, walk=32, num_warps=4),
-    (True, False, True): Tiles(1, 64, 128, walk=32, num_warps=4),
-    (True, True, False): Tiles(32, 64, 128, walk=4, num_warps=8),
-    (True, True, True): Tiles(16, 32, 64, walk=4, num_warps=8),
+@dataclass(frozen=True)
+class Table:
+    """What one architecture runs with."""
+
+    source: str
+    """Date, device and versions of the measurement, or that there was none."""
+    tiles: Mapping[tuple[bool, bool, bool], Tiles]
+    """(training step, labels share features, float32 operands): largest sizes."""
+    strategies: Mapping[tuple[bool, bool, bool], tuple[tuple[int, str], ...]]
+    """(labels share features, N:M pattern, bfloat16 on both sides): (rows, how to train) rising.
+
+    The last whose rows the batch has.
+    """
+
+
+# scripts/bench/tune_tiles.py rewrites what stands between the next line and "tuned: end".
+# tuned: begin
+TABLES: dict[str, Table] = {
+    "default": Table(
+        source="2026-11-21: not timed; the largest sizes that compile without spills (aot.py)",
+        tiles={
+            (False, False, False): Tiles(block_g=1, block_f=64, block_b=128, walk=32, num_warps=4),
+            (False, False, True): Tiles(block_g=1, block_f=64, block_b=128, walk=32, num_warps=4),
+            (False, True, False): Tiles(block_g=64, block_f=64, block_b=128, walk=4, num_warps=8),
+            (False, True, True): Tiles(block_g=16, block_f=32, block_b=64, walk=4, num_warps=8),
+            (True, False, False): Tiles(block_g=1, block_f=64, block_b=128, walk=32, num_warps=4),
+            (True, False, True): Tiles(block_g=1, block_f=64, block_b=128, walk=32, num_warps=4),
+            (True, True, False): Tiles(block_g=32, block_f=64, block_b=128, walk=4, num_warps=8),
+            (True, True, True): Tiles(block_g=16, block_f=32, block_b=64, walk=4, num_warps=8),
+        },
+        strategies={
+            (False, False, False): ((1, "walk"),),
+            (False, False, True): ((1, "walk"), (32, "densify")),
+            (False, True, False): ((1, "walk"),),
+            (False, True, True): ((1, "walk"), (32, "densify")),
+            (True, False, False): ((1, "walk"),),
+            (True, False, True): ((1, "walk"),),
+            (True, True, False): ((1, "walk"),),
+            (True, True, True): ((1, "walk"),),
+        },
+    ),
 }
-DENSIFY_FROM_ROWS = 32
-"""Rows of a batch from which bfloat16 labels with an index row each are densified."""
+# tuned: end
+
+
+def table(device: torch.device) -> Table:
+    """The table of a device's architecture, or "default"."""
+    return TABLES.get(architecture(device), TABLES["default"])
+
+
+def architecture(device: torch.device) -> str:
+    """Name of a GPU's architecture such as "sm_90"; "default" for any other device."""
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def unit_tiles(
     num_rows: int, weight: Tensor, index: Tensor, dtype: torch.dtype, *, fused: bool = False
 ) -> Tiles:
-    """Tiles of the kernels that go unit by unit (`products.py`): TABLE's, cut to the shape.
+    """Tiles of the kernels that go unit by unit (`products.py`): the table's, cut to the shape.
 
     `dtype` is that of x; `fused` is the training step, which holds most at once. float32 products
     on tensor cores hold three parts of each operand: smaller tiles.
@@ -61,15 +102,18 @@ def unit_tiles(
     num_labels, fan_in = weight.shape
     group = num_labels // index.shape[0]
     wide = torch.float32 in (dtype, weight.dtype)
-    most = TABLE[fused, group > 1, wide]
+    most = table(weight.device).tiles[fused, group > 1, wide]
     block_f = min(max(16, power_of_2(fan_in)), most.block_f)
     block_b = min(max(16, power_of_2(num_rows)), most.block_b)
     if group == 1:
-        return replace(most, block_f=block_f, block_b=block_b, num_warps=8 if block_f == 32 else 4)
+        num_warps = 8 if block_f == 32 else 4
+        if block_f == most.block_f:
+            num_warps = most.num_warps
+        return replace(most, block_f=block_f, block_b=block_b, num_warps=num_warps)
     block_g = min(max(16, power_of_2(group)), most.block_g)
     if fused and block_g == 32 and block_f < 64:
         block_b = min(block_b, 64)
-    num_warps = most.num_warps if fused or wide or block_g == 64 else 4
+    num_warps = most.num_warps if fused or wide or block_g == most.block_g else 4
     return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
 
 
@@ -107,13 +151,15 @@ def score_labels(x: Tensor, num_labels: int, group: int) -> int:
 def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> str:
     """How to train: "walk" unit by unit, or "densify" label tiles for torch's matrix products.
 
-    Counted, not measured: one scattered float32 atomic per multiply-add bounds the walk with one
-    label per index row, while at F/D = 1/12 the densified tile costs 12 times the operations at 50
-    times the rate, and no atomics. Without bfloat16 on both sides, or for a few rows, the matrix
-    units do not pay; labels that share an index use them in the walk. Deterministic steps walk:
-    the order inside a library's product is its own affair.
+    The default table is counted, not measured: one scattered float32 atomic per multiply-add bounds
+    the walk with one label per index row, while at F/D = 1/12 the densified tile costs 12 times the
+    operations at 50 times the rate, and no atomics. Without bfloat16 on both sides, or for a few
+    rows, the matrix units do not pay; labels that share an index use them in the walk.
+    Deterministic steps walk: the order inside a library's product is its own affair.
     """
-    if deterministic or len(index) < len(weight):
+    if deterministic:
         return "walk"
+    shared = len(index) < len(weight)
     both = x.dtype == weight.dtype == torch.bfloat16
-    return "densify" if both and x.shape[0] >= DENSIFY_FROM_ROWS else "walk"
+    steps = table(weight.device).strategies[shared, False, both]
+    return [name for rows, name in steps if rows <= max(1, len(x))][-1]
