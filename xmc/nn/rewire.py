@@ -116,6 +116,8 @@ def rewire_(
         lost = lost_slots(magnitude(tile[0]), most=most, below=below, pattern=pattern)
         num_lost = int(lost.sum())
         pruned += num_lost
+        # Before anything is written: a growth may read the weights of these rows.
+        score = _scores(growth, start, stop, in_features) if growth and num_lost else None
         for value in tile[:1] if keep_moments else tile:
             value.masked_fill_(lost.unsqueeze(1), 0)
         dead.append(start * group_size + (tile[0] == 0).all(2).flatten().nonzero().flatten())
@@ -123,7 +125,6 @@ def rewire_(
             order = torch.arange(fan_in, device=old.device).expand_as(old)
         else:
             rows = torch.arange(start, stop, device=old.device) + row_offset
-            score = None if growth is None else _scores(growth, start, stop, in_features)
             new = _new_inputs(old, lost, in_features, pattern, substreams(keys, rows), score)
             if init_keys is not None:
                 _draw_weights_(tile[0], lost, new, rows, init_keys)
