@@ -83,7 +83,7 @@ def test_every_shipped_recipe_loads_by_name(name):
     [
         (
             "[head]\nfanin = 3",
-            "head.fanin: unknown key (known: kind, fan_in, group_size, loss, bias_init); "
+            "head.fanin: unknown key (known: kind, fan_in, group_size, pattern, weight_dtype, loss, bias_init); "
             "did you mean fan_in?",
         ),
         (

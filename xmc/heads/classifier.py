@@ -186,15 +186,17 @@ class ClassifierHead(nn.Module):
         if config.method == "rigl":
             if reps is None or labels is None:
                 raise ValueError("rewire.method: rigl needs the representations and labels of rows")
-            layer = self.layer
             growth = growth_scores(
-                reps, labels, layer.weight, layer.index, layer.bias, loss=self.loss
+                *(reps, labels, self.layer.weight, self.layer.index, self.layer.bias),
+                **self._storage,
+                loss=self.loss,
             )
         moments = [m for m in (self.moments.weight_m, self.moments.weight_v) if m is not None]
         return rewire_(
             self.layer.weight,
             self.layer.index,
             self.layer.in_features,
+            **self._storage,
             prune=config.prune,
             amount=prune_amount(config, progress),
             seed=seed,
