@@ -199,13 +199,17 @@ class FixedFanInLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """The dense layer with the same outputs: holds [L, D]."""
+        """The dense layer with the same outputs: holds [L, D].
+
+        Its dtype is the wider one of weight and bias, float32 for float8 weights.
+        """
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
         linear.weight = nn.Parameter(self.matrix.to_dense())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.to(torch.promote_types(linear.weight.dtype, linear.bias.dtype))
         return linear
 
     def to_csr(self) -> scipy.sparse.csr_matrix:
