@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from xmc.config import Config, ConfigError, from_dict
 from xmc.data.batches import epoch_batches, epoch_order
+from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model
@@ -119,6 +121,31 @@ def test_the_head_is_dropped_at_the_cutoff_and_never_in_the_model(whole_run: Pat
 
 def _checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").iterdir())
+
+
+def test_the_cutoff_frees_the_head(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing holds it any longer when the epoch's validation starts."""
+    heads: list[weakref.ref[AuxiliaryHead]] = []
+    alive: list[bool] = []
+
+    def make(*args: Any) -> AuxiliaryHead | None:
+        head = make_auxiliary(*args)
+        assert head is not None
+        heads.append(weakref.ref(head))
+        return head
+
+    original = Trainer._end_epoch
+
+    def end_epoch(self: Trainer, *args: Any) -> None:
+        alive.append(heads[0]() is not None)
+        original(self, *args)
+
+    monkeypatch.setattr("xmc.training.run.make_auxiliary", make)
+    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    run_training(config(), tiny_data, tmp_path)
+    assert alive == [True, False, False]
 
 
 def test_checkpoints_hold_the_head_until_the_cutoff(tiny_data: Path, tmp_path: Path) -> None:
