@@ -103,6 +103,57 @@ def test_rigl_grows_exactly_the_oracles_inputs(
     assert report.pruned == 2 * L // group_size
 
 
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float8"])
+@pytest.mark.parametrize("pattern", ["", "3:8"])
+@pytest.mark.parametrize("init", ["zero", "uniform"])
+def test_layers_of_any_storage_are_rewired(
+    oracle: ModuleType, weight_dtype: str, pattern: str, init: str
+) -> None:
+    """RigL at D = 32, F = 12: 4 slots of each row, within its blocks where there are blocks."""
+    torch.manual_seed(4)
+    config = HeadConfig(fan_in=12, group_size=2, pattern=pattern, weight_dtype=weight_dtype)  # type: ignore[arg-type]
+    head = ClassifierHead.from_config(32, L, config, OptimizerConfig(kind="adamw", lr=0.05))
+    reps, labels = torch.randn(B, 32), make_labels()
+    head.loss_and_grad(reps, labels)
+    layer = head.layer
+    assert isinstance(layer, FixedFanInLinear)
+    dense = layer.matrix.to_dense().double()
+    moment = head.training_state()["weight_m"].clone()
+    index = layer.matrix.inputs().long()
+    targets = oracle.dense_targets(labels.indptr, labels.indices, L)
+    gradients = oracle.loss_and_grads(reps, dense, layer.bias, targets, "bce", 1 / B)
+    score = gradients[2].abs().view(-1, 2, 32).mean(1)
+    magnitude = dense.abs().view(-1, 2, 32).mean(1)
+    rewire = RewireConfig(method="rigl", fraction=1 / 3, init=init)  # type: ignore[arg-type]
+    assert head.rewire_(rewire, seed=0, step=1, reps=reps, labels=labels).pruned == 4 * L // 2
+
+    now = layer.matrix.inputs().long()
+    after = layer.matrix.to_dense().double()
+    new_moment = head.training_state()["weight_m"]
+    for row, (old, new) in enumerate(zip(index.tolist(), now.tolist(), strict=True)):
+        lost = sorted(old, key=lambda column: (float(magnitude[row, column]), column))[:4]
+        expected = set(old) - set(lost)
+        for column in lost:
+            block = range(column // 8 * 8, column // 8 * 8 + 8) if pattern else range(32)
+            free = set(block) - set(old) - expected
+            expected.add(max(free, key=lambda free_column: float(score[row, free_column])))
+        assert set(new) == expected
+        kept = sorted(set(old) & set(new))
+        grown = sorted(set(new) - set(old))
+        for label in (2 * row, 2 * row + 1):
+            assert torch.equal(after[label, kept], dense[label, kept])
+            places = [new.index(column) for column in kept]
+            was = [old.index(column) for column in kept]
+            assert torch.equal(new_moment[label, places], moment[label, was])
+            if init == "zero":
+                assert not bool(after[label, grown].any())
+            else:
+                largest = 12**-0.5 * (1 + 2**-4)  # rounded to the dtype
+                assert bool((after[label, grown].abs() <= largest).all())
+                assert bool(after[label, grown].any())
+    layer.matrix.validate()
+
+
 def test_progress_anneals_the_fraction() -> None:
     pruned = []
     for progress in (0.0, 0.5, 1.0):

@@ -338,6 +338,30 @@ def test_growth_is_asked_for_bounded_tiles_only() -> None:
     assert (asked[0][0], asked[-1][1]) == (0, 3000)
 
 
+def test_new_float8_weights_fit_the_scale_of_their_label() -> None:
+    """A label of tiny weights: a new one is cut, not turned into NaN, and keeps its sign."""
+    weight = torch.tensor([[1.0, 448.0, 2.0, 448.0]]).repeat(50, 1).to(torch.float8_e4m3fn)
+    scale = torch.full((50,), 2.0**-14)  # 448 of it are 0.027; new ones go up to 0.5
+    index = torch.tensor([[1, 4, 5, 9]], dtype=torch.int32).repeat(50, 1)
+    rewire_(weight, index, 20, amount=0.5, seed=0, step=0, init="uniform", scale=scale)
+    values = weight.float().sort(1).values
+    assert bool(values.isfinite().all())
+    assert bool((values[:, 3] == 448).all())
+    assert int((values == -448).sum()) > 25
+
+
+def test_a_scale_belongs_to_float8_weights() -> None:
+    index = torch.tensor([[0, 1]], dtype=torch.int32)
+    weight = torch.zeros(1, 2)
+    with pytest.raises(TypeError, match=r"float8 weights only, got torch\.float32"):
+        rewire_(weight, index, 5, amount=0.5, seed=0, step=0, scale=torch.ones(1))
+    small = weight.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"got torch\.float8_e4m3fn and None"):
+        rewire_(small, index, 5, amount=0.5, seed=0, step=0)
+    with pytest.raises(ValueError, match=r"scale of shape \[1\] to match weight, got \[2\]"):
+        rewire_(small, index, 5, amount=0.5, seed=0, step=0, scale=torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

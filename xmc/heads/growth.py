@@ -17,10 +17,12 @@ def growth_scores(
     reps: Tensor,  # [B, D]
     labels: SparseLabels,  # B rows
     weight: Tensor,  # [L, F]
-    index: Tensor,  # [L/G, F]
+    index: Tensor,  # [L/G, F]; [L/G, P] uint8 with a pattern
     bias: Tensor | None,  # [L]
     *,
     loss: str,
+    pattern: tuple[int, int] | None = None,
+    scale: Tensor | None = None,  # [L] float32, of float8 weights
 ) -> Growth:
     """|dL/dW_dense| for `rewire_` (RigL), L being the loss summed over labels, mean over rows.
 
@@ -42,8 +44,12 @@ def growth_scores(
 
     def tile(start: int, stop: int) -> Tensor:
         first, last = start * group_size, stop * group_size
-        label_bias = None if bias is None else bias[first:last]
-        scores = fan_in_linear(x, weight[first:last], index[start:stop], label_bias)
+        label_bias, label_scale = (None if t is None else t[first:last] for t in (bias, scale))
+        scores = fan_in_linear(
+            *(x, weight[first:last], index[start:stop], label_bias),
+            pattern=pattern,
+            scale=label_scale,
+        )
         gradient = _GRADIENTS[loss](scores, *labels.tile(first, last))
         return group_score(gradient.T @ x_mean, group_size)
 

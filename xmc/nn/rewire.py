@@ -19,6 +19,7 @@ from xmc.nn.regrow import grow_at_random, grow_by_score
 from xmc.nn.slot_age import AgeReport, SlotAges
 from xmc.nn.streams import MAX_BOUND, stream, substreams, symmetric_uniform
 from xmc_kernels.checks import validate_index
+from xmc_kernels.float8 import DTYPE, LARGEST, dequantize, quantize
 from xmc_kernels.packing import check_pattern, pack_index, unpack_index
 
 Growth = Callable[[int, int], Tensor]
@@ -68,6 +69,7 @@ def rewire_(
     moments: Sequence[Tensor] = (),  # optimizer state of weight's shape
     keep_moments: bool = False,
     pattern: tuple[int, int] | None = None,
+    scale: Tensor | None = None,  # [L] float32, of float8 weights
     row_offset: int = 0,
     ages: SlotAges | None = None,
     tile_slots: int = _TILE_SLOTS,
@@ -82,7 +84,8 @@ def rewire_(
     With a `pattern` (n, m) that happens within each block of m inputs, and index is packed.
 
     Survivors keep weight and moments; rows stay sorted. New weights are 0 or U(-1/sqrt F,
-    1/sqrt F); their moments are 0, or with `keep_moments` what the slot had before.
+    1/sqrt F), cut to what a label's `scale` can hold where weights are float8 (they keep their
+    scale); their moments are 0, or with `keep_moments` what the slot had before.
 
     Randomness is a hash of (seed, step, index row, label), rows counted from `row_offset` (the
     first row of a label shard): the same after a resume and for any `tile_slots`, the number of
@@ -94,6 +97,7 @@ def rewire_(
     """
     _check_options(amount, prune, init, row_offset)
     _check(weight, index, in_features, moments, pattern)
+    _check_scale(weight, scale)
     num_rows, fan_in = index.shape[0], weight.shape[1]
     group_size = weight.shape[0] // num_rows
     most = most_lost(fan_in, in_features, pattern)
@@ -104,7 +108,9 @@ def rewire_(
         below = amount * group_size  # of a sum over the group
     keys = stream(seed, step, weight.device)
     init_keys = stream(seed, step, weight.device, _INIT) if init == "uniform" else None
-    values = [tensor.unflatten(0, (num_rows, group_size)) for tensor in (weight, *moments)]
+    # float8 moves as bytes: torch can neither gather nor fill it.
+    stored = weight if scale is None else weight.view(torch.uint8)
+    values = [tensor.unflatten(0, (num_rows, group_size)) for tensor in (stored, *moments)]
     pruned, dead = 0, []
     step_rows = max(1, tile_slots // (fan_in * group_size))
     if growth is not None:
@@ -113,21 +119,28 @@ def rewire_(
         stop = min(start + step_rows, num_rows)
         tile = [value[start:stop] for value in values]
         old = _inputs(index[start:stop], pattern, fan_in)
-        lost = lost_slots(magnitude(tile[0]), most=most, below=below, pattern=pattern)
+        labels = slice(start * group_size, stop * group_size)
+        wide = weight[labels] if scale is None else dequantize(weight[labels], scale[labels])
+        score = magnitude(wide.unflatten(0, (-1, group_size)))
+        lost = lost_slots(score, most=most, below=below, pattern=pattern)
         num_lost = int(lost.sum())
         pruned += num_lost
         # Before anything is written: a growth may read the weights of these rows.
-        score = _scores(growth, start, stop, in_features) if growth and num_lost else None
+        growth_score = _scores(growth, start, stop, in_features) if growth and num_lost else None
         for value in tile[:1] if keep_moments else tile:
             value.masked_fill_(lost.unsqueeze(1), 0)
-        dead.append(start * group_size + (tile[0] == 0).all(2).flatten().nonzero().flatten())
+        zero = (weight[labels] == 0).all(1)
+        dead.append(start * group_size + zero.nonzero().flatten())
         if not num_lost:
             order = torch.arange(fan_in, device=old.device).expand_as(old)
         else:
             rows = torch.arange(start, stop, device=old.device) + row_offset
-            new = _new_inputs(old, lost, in_features, pattern, substreams(keys, rows), score)
+            new = _new_inputs(old, lost, in_features, pattern, substreams(keys, rows), growth_score)
             if init_keys is not None:
-                _draw_weights_(tile[0], lost, new, rows, init_keys)
+                drawn = _draw_weights(lost, new, rows, init_keys, group_size)
+                if scale is not None:
+                    drawn = _quantized(drawn, scale[labels].view(-1, group_size), lost)
+                tile[0].transpose(1, 2)[lost] = drawn.to(stored.dtype)
             rewired, order = old.masked_scatter(lost, new).sort(dim=1)
             index[start:stop] = _stored(rewired, pattern, index.dtype)
             for value in tile:
@@ -167,19 +180,30 @@ def _new_inputs(
     return (chosen + base)[wanted]
 
 
-def _draw_weights_(
-    weight: Tensor,  # [R, G, F]
+def _draw_weights(
     lost: Tensor,  # [R, F] bool
     new: Tensor,  # [n] int64, inputs of the lost slots
     rows: Tensor,  # [R] int64
     key: Tensor,
-) -> None:
-    """U(-1/sqrt F, 1/sqrt F) for each label and new input."""
-    group_size, fan_in = weight.shape[1:]
+    group_size: int,
+) -> Tensor:  # [n, G] float32
+    """U(-1/sqrt F, 1/sqrt F) for each new input and label of its group."""
     labels = rows.unsqueeze(1) * group_size + torch.arange(group_size, device=rows.device)
     label_keys = substreams(key, labels)[lost.nonzero()[:, 0]]  # [n, G]
-    drawn = symmetric_uniform(substreams(label_keys, new.unsqueeze(1))) / math.sqrt(fan_in)
-    weight.transpose(1, 2)[lost] = drawn.to(weight.dtype)
+    drawn = symmetric_uniform(substreams(label_keys, new.unsqueeze(1)))
+    return drawn / math.sqrt(lost.shape[1])
+
+
+def _quantized(
+    drawn: Tensor,  # [n, G]
+    scale: Tensor,  # [R, G]
+    lost: Tensor,  # [R, F] bool
+) -> Tensor:  # [n, G] uint8
+    """The bytes of float8 weights, under the scale that their label has."""
+    scales = scale[lost.nonzero()[:, 0]]
+    limit = LARGEST * scales
+    value = drawn.clamp(-limit, limit).reshape(-1, 1)
+    return quantize(value, scales.flatten()).view(torch.uint8).view_as(drawn)
 
 
 def _scores(growth: Growth, start: int, stop: int, in_features: int) -> Tensor:
@@ -213,6 +237,16 @@ def _check_options(amount: float, prune: str, init: str, row_offset: int) -> Non
         raise ValueError(f"expected a threshold of at least 0, got {amount}")
     if row_offset < 0:
         raise ValueError(f"expected row_offset of at least 0, got {row_offset}")
+
+
+def _check_scale(weight: Tensor, scale: Tensor | None) -> None:
+    if (scale is not None) != (weight.dtype == DTYPE):
+        got = None if scale is None else scale.dtype
+        raise TypeError(f"expected a scale with float8 weights only, got {weight.dtype} and {got}")
+    if scale is not None and scale.shape != weight.shape[:1]:
+        raise ValueError(
+            f"expected scale of shape [{len(weight)}] to match weight, got {list(scale.shape)}"
+        )
 
 
 def _check(

@@ -123,6 +123,7 @@ class Rewirer:
             layer.weight,
             layer.index,
             layer.in_features,
+            pattern=layer.pattern,
             prune=config.prune,
             amount=prune_amount(config, rewire_progress(config, step, self.total_steps)),
             seed=self.seed,
