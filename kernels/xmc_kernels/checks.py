@@ -105,7 +105,7 @@ def compiled_on_cpu(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
 def compiled_on_cuda(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
     """Whether the Triton kernels take this: anything but float64."""
     tensors = (x, layer.weight, layer.bias, *others)
-    return layer.plain and all(t is None or t.dtype != torch.float64 for t in tensors)
+    return layer.scale is None and all(t is None or t.dtype != torch.float64 for t in tensors)
 
 
 def written_in_place(layer: Layer, *others: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ weight gradient in a buffer of the program's own until the last tile.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from xmc_kernels._triton.fan_in import input_gradient_buffer
 from xmc_kernels._triton.launch import Launch, batch_major, cdiv, dot_settings, feature_major
+from xmc_kernels._triton.layers import layer_arguments, pattern_constants
 from xmc_kernels._triton.losses import loss_and_gradient
 from xmc_kernels._triton.positives import Positives, sort_by_label
 from xmc_kernels._triton.products import (
@@ -39,7 +42,7 @@ _MAX_PROGRAMS = 1024
 def _classifier_step_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
-    index_ptr,  # [L/G, F]
+    index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L] or None
     positive_label_ptr,  # [nnz + 1] int32 rising, L at the end
     positive_row_ptr,  # [nnz + 1] int32
@@ -84,6 +87,8 @@ def _classifier_step_kernel(
     LOSS: tl.constexpr,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     if DETERMINISTIC:
@@ -115,14 +120,23 @@ def _classifier_step_kernel(
             score = tl.zeros((BLOCK_G, BLOCK_B), tl.float32) + bias[:, None]
             if ONE_BLOCK:
                 rows, mask_x, x = load_inputs(
-                    x_t_ptr, index_ptr, row, 0, width, offs_b, fan_in, BLOCK_F
+                    x_t_ptr, index_ptr, row, 0, width, offs_b, fan_in, BLOCK_F, N_KEEP, M_BLOCK
                 )
                 at, mask_w, weight = load_weight(weight_ptr, label, mask_g, 0, fan_in, BLOCK_F)
                 score += scores(weight, x, DOT_DTYPE, PRECISION)
             else:
                 for start in range(0, fan_in, BLOCK_F):
                     _, _, x = load_inputs(
-                        x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                        x_t_ptr,
+                        index_ptr,
+                        row,
+                        start,
+                        width,
+                        offs_b,
+                        fan_in,
+                        BLOCK_F,
+                        N_KEEP,
+                        M_BLOCK,
                     )
                     _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
                     score += scores(weight, x, DOT_DTYPE, PRECISION)
@@ -146,7 +160,16 @@ def _classifier_step_kernel(
             for start in range(0, fan_in, BLOCK_F):
                 if not ONE_BLOCK:
                     rows, mask_x, x = load_inputs(
-                        x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                        x_t_ptr,
+                        index_ptr,
+                        row,
+                        start,
+                        width,
+                        offs_b,
+                        fan_in,
+                        BLOCK_F,
+                        N_KEEP,
+                        M_BLOCK,
                     )
                     at, mask_w, weight = load_weight(
                         weight_ptr, label, mask_g, start, fan_in, BLOCK_F
@@ -229,9 +252,7 @@ def _classifier_step_kernel(
 
 def step_launch(
     x_t: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
+    layer: Layer,
     positives: Positives,
     d_x_t: Tensor,
     state: ClassifierState,
@@ -245,11 +266,10 @@ def step_launch(
     num_rows: int,
 ) -> tuple[Launch, Tensor]:
     """The step over the whole layer, and the programs' parts of the loss."""
-    num_labels, fan_in = weight.shape
     features, width = x_t.shape
-    group = num_labels // index.shape[0]
-    tiles = unit_tiles(num_rows, weight, index, x_t.dtype, fused=True)
-    units = num_units(num_labels, group, tiles.block_g)
+    fan_in, group = layer.fan_in, layer.group
+    tiles = unit_tiles(num_rows, layer, x_t.dtype, fused=True)
+    units = num_units(layer.num_labels, group, tiles.block_g)
     one_tile = width == tiles.block_b
     walk = tiles.walk if one_tile else max(tiles.walk, cdiv(units, _MAX_PROGRAMS))
     deterministic = d_x_t.dim() == 3
@@ -263,9 +283,7 @@ def step_launch(
     starts = torch.arange(programs, device=x_t.device) * walk
     arguments = {
         "x_t_ptr": x_t,
-        "weight_ptr": weight,
-        "index_ptr": index,
-        "bias_ptr": bias,
+        **layer_arguments(layer),
         "positive_label_ptr": positives.labels,
         "positive_row_ptr": positives.rows,
         "first_positive_ptr": positives.first(
@@ -298,11 +316,12 @@ def step_launch(
         "BLOCK_B": tiles.block_b,
         "ONE_BLOCK": fan_in <= tiles.block_f,
         "ONE_TILE": one_tile,
-        **dot_settings(x_t, weight),
+        **dot_settings(x_t, layer.weight),
         "DETERMINISTIC": deterministic,
         "LOSS": loss,
         "RULE": rule.kind,
         "UPDATE": update,
+        **pattern_constants(layer),
     }
     launch = Launch(_classifier_step_kernel, programs, arguments, values, tiles.num_warps)
     return launch, loss_parts
@@ -331,21 +350,18 @@ def classifier_step(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    weight, bias = layer.weight, layer.bias
-    index = None if layer.index is None else layer.index.contiguous()
+    layer = replace(layer, index=None if layer.index is None else layer.index.contiguous())
     positives = sort_by_label(indptr, indices, layer.num_labels)
     numbers = (loss, rule, lr, step, seed, grad_scale, update)
-    if index is None or (by or strategy(x, weight, index, deterministic)) == "densify":
+    if layer.index is None or (by or strategy(x, layer, deterministic)) == "densify":
         from xmc_kernels._triton import densify
 
-        return densify.classifier_step(x, weight, index, bias, positives, state, *numbers)
-    tiles = unit_tiles(x.shape[0], weight, index, x.dtype, fused=True)
+        return densify.classifier_step(x, layer, positives, state, *numbers)
+    tiles = unit_tiles(x.shape[0], layer, x.dtype, fused=True)
     units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
     d_x_t = input_gradient_buffer(x_t, units, deterministic)
-    launch, loss_parts = step_launch(
-        x_t, weight, index, bias, positives, d_x_t, state, *numbers, x.shape[0]
-    )
+    launch, loss_parts = step_launch(x_t, layer, positives, d_x_t, state, *numbers, x.shape[0])
     launch.run()
     value = loss_parts.sum(dtype=torch.float64).to(torch.float32)
     return value, batch_major(d_x_t, x.shape[0], x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from xmc_kernels._triton import classifier, densify, fan_in, topk
 from xmc_kernels._triton.launch import Launch
+from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.update import constants
+from xmc_kernels.layer import Layer
+from xmc_kernels.packing import packed_bytes
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule, make_state
 
 _FEATURES = 768
 _LABELS = 1_024_000
+_PATTERNS = ((4, 8), (2, 16), (4, 32))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -29,93 +34,100 @@ def configurations() -> tuple[tuple[str, Launch], ...]:
     return (*_layers(), *_steps(), *_densified(), *_topk())
 
 
-def _layer(group: int, dtype: torch.dtype, fan_in: int) -> tuple[Tensor, Tensor, Tensor]:
+def _layer(
+    group: int, dtype: torch.dtype, fan_in: int, pattern: tuple[int, int] | None = None
+) -> Layer:
     indices = torch.int32 if dtype == torch.float32 else torch.uint16
-    return (
-        _empty(_LABELS, fan_in, dtype=dtype),
-        _empty(_LABELS // group, fan_in, dtype=indices),
-        _empty(_LABELS, dtype=dtype),
-    )
+    index = _empty(_LABELS // group, fan_in, dtype=indices)
+    if pattern is not None:
+        fan_in = pattern[0] * _FEATURES // pattern[1]
+        index = _empty(_LABELS // group, packed_bytes(fan_in, pattern), dtype=torch.uint8)
+    return Layer(_empty(_LABELS, fan_in, dtype=dtype), index, _empty(_LABELS, dtype=dtype), pattern)
+
+
+def _title(layer: Layer, dtype: str, rows: int) -> str:
+    pattern = "" if layer.pattern is None else " {}:{}".format(*layer.pattern)
+    return f"G{layer.group} {dtype} B{rows} F{layer.fan_in}{pattern}"
 
 
 def _layers() -> Iterator[tuple[str, Launch]]:
-    for group in (1, 16, 64):
-        for name in ("bf16", "fp32"):
-            dtype = _DTYPES[name]
-            rows, width = 128, 64
-            weight, index, bias = _layer(group, dtype, width)
-            title = f"G{group} {name} B{rows} F{width}"
-            x_t, out = _empty(_FEATURES, rows, dtype=dtype), _empty(rows, _LABELS, dtype=dtype)
-            yield (
-                f"forward {title}",
-                fan_in.forward_launch(x_t, weight, index, bias, out, rows),
-            )
-            for form, d_x_t in (
-                ("atomic", _empty(_FEATURES, rows)),
-                ("deterministic", _empty(64, _FEATURES, rows)),
-            ):
-                tensors = (out, x_t, weight, index, d_x_t, torch.empty_like(weight))
-                yield f"backward {form} {title}", fan_in.backward_launch(*tensors, rows)
+    for group, name, pattern in (
+        *((group, name, None) for group in (1, 16, 64) for name in ("bf16", "fp32")),
+        *((1, "bf16", pattern) for pattern in _PATTERNS),
+        *((16, name, (4, 32)) for name in ("bf16", "fp32")),
+    ):
+        dtype, rows = _DTYPES[name], 128
+        layer = _layer(group, dtype, 64, pattern)
+        title = _title(layer, name, rows)
+        x_t, out = _empty(_FEATURES, rows, dtype=dtype), _empty(rows, _LABELS, dtype=dtype)
+        yield f"forward {title}", fan_in.forward_launch(x_t, layer, out, rows)
+        for form, d_x_t in (
+            ("atomic", _empty(_FEATURES, rows)),
+            ("deterministic", _empty(64, _FEATURES, rows)),
+        ):
+            tensors = (out, x_t, layer, d_x_t, torch.empty_like(layer.weight))
+            yield f"backward {form} {title}", fan_in.backward_launch(*tensors, rows)
 
 
 def _steps() -> Iterator[tuple[str, Launch]]:
     pairs = Positives(_empty(641, dtype=torch.int32), _empty(641, dtype=torch.int32))
-    for group in (1, 16, 64):
-        for dtype, loss, rule, form, rows, width, update in (
-            ("bf16", "bce", "sgd", "atomic", 128, 64, True),
-            ("bf16", "bce", "adamw", "atomic", 512, 128, True),
-            ("bf16", "squared_hinge", "momentum", "deterministic", 128, 32, True),
-            ("bf16", "bce", "sgd", "atomic", 128, 64, False),
-            ("fp16", "bce", "adamw", "atomic", 128, 128, True),
-            ("fp32", "bce", "adagrad", "atomic", 64, 32, True),
-            ("fp32", "bce", "adamw", "deterministic", 512, 128, True),
-        ):
-            assert rule in RULES
-            weight, index, bias = _layer(group, _DTYPES[dtype], width)
-            x_t = _empty(_FEATURES, rows, dtype=_DTYPES[dtype])
-            d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
-            rule_ = UpdateRule(rule)  # type: ignore[arg-type]
-            state = make_state(weight, bias, rule_)
-            if not update:
-                state = ClassifierState(grad_weight=weight.float(), grad_bias=bias.float())
-            launch, _ = classifier.step_launch(
-                x_t,
-                weight,
-                index,
-                bias,
-                pairs,
-                d_x_t,
-                state,
-                loss,
-                rule_,
-                *(0.1, 1, 0, 0.01),
-                update,
-                rows,
-            )
-            what = rule if update else "accumulate"
-            yield f"step {loss} {what} {form} G{group} {dtype} B{rows} F{width}", launch
+    plain = (
+        ("bf16", "bce", "sgd", "atomic", 128, 64, None),
+        ("bf16", "bce", "adamw", "atomic", 512, 128, None),
+        ("bf16", "squared_hinge", "momentum", "deterministic", 128, 32, None),
+        ("bf16", "bce", "", "atomic", 128, 64, None),
+        ("fp16", "bce", "adamw", "atomic", 128, 128, None),
+        ("fp32", "bce", "adagrad", "atomic", 64, 32, None),
+        ("fp32", "bce", "adamw", "deterministic", 512, 128, None),
+    )
+    patterned = (
+        *(("bf16", "bce", "adamw", "atomic", 128, 0, pattern) for pattern in _PATTERNS),
+        ("bf16", "bce", "adamw", "deterministic", 512, 0, (4, 8)),
+        ("fp32", "squared_hinge", "sgd", "atomic", 64, 0, (2, 16)),
+    )
+    for group, (dtype, loss, kind, form, rows, width, pattern) in (
+        *itertools.product((1, 16, 64), plain),
+        *itertools.product((1, 16), patterned),
+    ):
+        layer = _layer(group, _DTYPES[dtype], width, pattern)
+        x_t = _empty(_FEATURES, rows, dtype=_DTYPES[dtype])
+        d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
+        rule, state = _rule(kind, layer)
+        numbers = (loss, rule, 0.1, 1, 0, 0.01, kind != "", rows)
+        launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
+        title = _title(layer, dtype, rows)
+        yield f"step {loss} {kind or 'accumulate'} {form} {title}", launch
+
+
+def _rule(kind: str, layer: Layer) -> tuple[UpdateRule, ClassifierState]:
+    """An empty kind is an accumulating step."""
+    assert kind in ("", *RULES)
+    rule = UpdateRule(kind or "sgd")  # type: ignore[arg-type]
+    if kind:
+        return rule, make_state(layer.weight, layer.bias, rule)
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    return rule, ClassifierState(grad_weight=weight, grad_bias=bias)
 
 
 def _densified() -> Iterator[tuple[str, Launch]]:
     rows, labels, fan_in = 128, 8192, 64
     dtype = torch.bfloat16
-    _, index, _ = _layer(1, dtype, fan_in)
-    weight, dense = _empty(labels, fan_in, dtype=dtype), _empty(labels, _FEATURES, dtype=dtype)
-    yield "scatter G1 bf16 F64", densify.scatter_launch(weight, index, 8192, 1, dense)
+    dense = _empty(labels, _FEATURES, dtype=dtype)
+    for layer in (_layer(1, dtype, fan_in), *(_layer(1, dtype, 0, p) for p in _PATTERNS)):
+        title = _title(layer, "bf16", rows)
+        yield f"scatter {title}", densify.scatter_launch(layer, 8192, 16384, dense)
     scores, target = _empty(rows, labels), _empty(rows, labels, dtype=torch.uint8)
     bias, parts = _empty(labels, dtype=dtype), _empty(labels)
     for loss in ("bce", "squared_hinge"):
         tensors = (scores, bias, target, scores.to(dtype), _empty(labels, 1), parts)
         yield f"gradient {loss} bf16 B128", densify.gradient_launch(*tensors, loss, 0.01)
-    for kind in RULES:
-        rule = UpdateRule(kind)  # type: ignore[arg-type]
-        state = make_state(weight, None, rule)
-        memory = (weight, state.weight_m, state.weight_v, None)
-        numbers = constants(rule, 0.1, 1)
-        launch = densify.update_launch(
-            *(_empty(labels, _FEATURES), index, memory, 8192, 1, rule, numbers, 12345, 0.0, True)
-        )
-        yield f"update {kind} G1 bf16 F64", launch
+    for kind, pattern in (*((kind, None) for kind in RULES), ("adamw", (4, 8))):
+        layer = _layer(1, dtype, fan_in, pattern)
+        rule, state = _rule(kind, label_range(layer, 0, labels))
+        memory = (layer.weight[:labels], state.weight_m, state.weight_v, None)
+        numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True)
+        launch = densify.update_launch(_empty(labels, _FEATURES), layer, memory, *numbers)
+        yield f"update {kind} {_title(layer, 'bf16', rows)}", launch
 
 
 def _topk() -> Iterator[tuple[str, Launch]]:

@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels._triton.launch import Launch, cdiv
+from xmc_kernels._triton.layers import load_columns, pattern_constants
 from xmc_kernels._triton.losses import loss_and_gradient
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.tiles import dense_labels
 from xmc_kernels._triton.update import apply, constants, keys
+from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, UpdateRule
 
 _BLOCK = 1024
@@ -28,7 +30,7 @@ _BLOCK_B = 32
 @triton.jit
 def _scatter_kernel(
     weight_ptr,  # [C, F]
-    index_ptr,  # [L/G, F]
+    index_ptr,  # [L/G, F], or packed
     dense_ptr,  # [C, D], zeros
     start,
     size,  # C * F
@@ -36,12 +38,14 @@ def _scatter_kernel(
     fan_in,
     group,
     BLOCK: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     label, slot = offs // fan_in, offs % fan_in
-    at_index = ((start + label) // group).to(tl.int64) * fan_in + slot
-    column = tl.load(index_ptr + at_index, mask=mask, other=0).to(tl.int64)
+    row = ((start + label) // group).to(tl.int64)
+    column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(dense_ptr + label.to(tl.int64) * features + column, weight, mask=mask)
 
@@ -86,7 +90,7 @@ def _gradient_kernel(
 @triton.jit
 def _update_kernel(
     d_dense_ptr,  # [C, D]
-    index_ptr,  # [L/G, F], or None: entry k is column k
+    index_ptr,  # [L/G, F] or packed, or None: entry k is column k
     param_ptr,  # [C, F]
     m_ptr,
     v_ptr,
@@ -110,14 +114,16 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     label, slot = offs // fan_in, offs % fan_in
-    column = slot.to(tl.int64)
+    column = slot
     if index_ptr is not None:
-        at_index = ((start + label) // group).to(tl.int64) * fan_in + slot
-        column = tl.load(index_ptr + at_index, mask=mask, other=0).to(tl.int64)
+        row = ((start + label) // group).to(tl.int64)
+        column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
     at = label.to(tl.int64) * features + column
     grad = tl.load(d_dense_ptr + at, mask=mask, other=0.0).to(tl.float32)
     param = tl.load(param_ptr + offs, mask=mask, other=0.0)
@@ -143,19 +149,21 @@ def _update_kernel(
     )
 
 
-def scatter_launch(weight: Tensor, index: Tensor, start: int, group: int, dense: Tensor) -> Launch:
-    """Labels from `start` on, weight [C, F], into zeros [C, D]."""
+def scatter_launch(layer: Layer, start: int, stop: int, dense: Tensor) -> Launch:
+    """Labels start..stop into zeros [C, D]."""
+    weight = layer.weight[start:stop]
     arguments = {
         "weight_ptr": weight,
-        "index_ptr": index,
+        "index_ptr": layer.index,
         "dense_ptr": dense,
         "start": start,
         "size": weight.numel(),
         "features": dense.shape[1],
-        "fan_in": weight.shape[1],
-        "group": group,
+        "fan_in": layer.fan_in,
+        "group": layer.group,
     }
-    return Launch(_scatter_kernel, cdiv(weight.numel(), _BLOCK), arguments, {"BLOCK": _BLOCK})
+    values = {"BLOCK": _BLOCK, **pattern_constants(layer)}
+    return Launch(_scatter_kernel, cdiv(weight.numel(), _BLOCK), arguments, values)
 
 
 def gradient_launch(
@@ -185,11 +193,10 @@ def gradient_launch(
 
 
 def update_launch(
-    d_dense: Tensor,  # [C, D]
-    index: Tensor | None,
+    d_dense: Tensor,  # [C, D], or [C, F] without a layer
+    layer: Layer | None,
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],  # param, m, v, kept [C, F]
     start: int,
-    group: int,
     rule: UpdateRule,
     numbers: dict[str, float],
     key: int,
@@ -200,7 +207,7 @@ def update_launch(
     param, m, v, kept = tensors
     arguments = {
         "d_dense_ptr": d_dense,
-        "index_ptr": index,
+        "index_ptr": None if layer is None else layer.index,
         "param_ptr": param,
         "m_ptr": m,
         "v_ptr": v,
@@ -209,12 +216,13 @@ def update_launch(
         "size": param.numel(),
         "features": d_dense.shape[1],
         "fan_in": param.numel() // len(param),
-        "group": group,
+        "group": 1 if layer is None else layer.group,
         "key": key,
         "decay": float(decay),
         **numbers,
     }
     values = {"BLOCK": _BLOCK, "RULE": rule.kind, "UPDATE": update}
+    values |= {"N_KEEP": 0, "M_BLOCK": 0} if layer is None else pattern_constants(layer)
     return Launch(_update_kernel, cdiv(param.numel(), _BLOCK), arguments, values)
 
 
@@ -225,14 +233,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def dense_block(
-    weight: Tensor, index: Tensor | None, start: int, group: int, features: int, dtype: torch.dtype
-) -> Tensor:
-    """Labels from `start` on, weight [C, F], as a dense [C, D] block."""
-    if index is None:
-        return weight.to(dtype)
-    dense = torch.zeros(len(weight), features, dtype=dtype, device=weight.device)
-    scatter_launch(weight, index, start, group, dense).run()
+def dense_block(layer: Layer, start: int, stop: int, features: int, dtype: torch.dtype) -> Tensor:
+    """Labels start..stop as a dense [C, D] block."""
+    if layer.index is None:
+        return layer.weight[start:stop].to(dtype)
+    dense = torch.zeros(stop - start, features, dtype=dtype, device=layer.weight.device)
+    scatter_launch(layer, start, stop, dense).run()
     return dense
 
 
@@ -244,9 +250,7 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def classifier_step(
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F], or [L, D] where index is None
-    index: Tensor | None,
-    bias: Tensor | None,
+    layer: Layer,
     positives: Positives,
     state: ClassifierState,
     loss: str,
@@ -258,9 +262,8 @@ def classifier_step(
     update: bool,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
-    num_labels = len(weight)
-    group = 1 if index is None else num_labels // len(index)
-    dtype = product_dtype(x, weight)
+    num_labels, bias = layer.num_labels, layer.bias
+    dtype = product_dtype(x, layer.weight)
     wide = x.to(dtype)
     width = dense_labels(x, num_labels)
     starts = torch.arange(0, num_labels, width, device=x.device)
@@ -274,8 +277,7 @@ def classifier_step(
         def part(tensor: Tensor | None, first: int = start, last: int = stop) -> Tensor | None:
             return None if tensor is None else tensor[first:last]
 
-        block = weight[start:stop]
-        dense = dense_block(block, index, start, group, x.shape[1], dtype)
+        dense = dense_block(layer, start, stop, x.shape[1], dtype)
         target = torch.zeros(len(x), stop - start, dtype=torch.uint8, device=x.device)
         pairs = slice(ends[number], ends[number + 1])
         target[positives.rows[pairs].long(), positives.labels[pairs].long() - start] = 1
@@ -287,9 +289,9 @@ def classifier_step(
         d_x += product(grad, dense)
         d_dense = product(grad.T, wide)
         memory = (part(state.weight_m), part(state.weight_v), part(state.grad_weight))
-        common = (start, group, rule, numbers)
+        common = (start, rule, numbers)
         update_launch(
-            *(d_dense, index, (block, *memory), *common),
+            *(d_dense, layer, (layer.weight[start:stop], *memory), *common),
             *(key["weight_key"], rule.weight_decay, update),
         ).run()
         if bias is not None:

@@ -21,6 +21,7 @@ from xmc_kernels._triton.launch import (
     feature_major,
     power_of_2,
 )
+from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
 from xmc_kernels._triton.products import (
     input_gradient,
     load_inputs,
@@ -37,7 +38,7 @@ from xmc_kernels.layer import Layer
 def _fan_in_fwd_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
-    index_ptr,  # [L/G, F]
+    index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L]
     out_ptr,  # [B, stride_ob]
     num_rows,
@@ -49,21 +50,24 @@ def _fan_in_fwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_B: tl.constexpr,
     UNROLL: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     num_tiles = width // BLOCK_B
     offs_l = tl.program_id(0) // num_tiles * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_b = tl.program_id(0) % num_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_l = offs_l < num_labels
     at_weight = offs_l.to(tl.int64) * fan_in
-    at_index = (offs_l // group).to(tl.int64) * fan_in
+    row = (offs_l // group).to(tl.int64)
     total = tl.zeros((BLOCK_L, BLOCK_B), tl.float32)
     for start in range(0, fan_in, UNROLL):
         for step in tl.static_range(UNROLL):
             k = start + step
             mask = mask_l & (k < fan_in)
             weight = tl.load(weight_ptr + at_weight + k, mask=mask, other=0.0).to(tl.float32)
-            row = tl.load(index_ptr + at_index + k, mask=mask, other=0).to(tl.int64) * width
-            x = tl.load(x_t_ptr + row[:, None] + offs_b[None, :], mask=mask[:, None], other=0.0)
+            column = load_columns(index_ptr, row, k, mask, fan_in, N_KEEP, M_BLOCK)
+            x_row = x_t_ptr + column.to(tl.int64) * width
+            x = tl.load(x_row[:, None] + offs_b[None, :], mask=mask[:, None], other=0.0)
             total += weight[:, None] * x.to(tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
@@ -75,7 +79,7 @@ def _fan_in_fwd_kernel(
 def _fan_in_shared_fwd_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
-    index_ptr,  # [L/G, F]
+    index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L]
     out_ptr,  # [B, stride_ob]
     num_rows,
@@ -89,6 +93,8 @@ def _fan_in_shared_fwd_kernel(
     BLOCK_B: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     num_tiles = width // BLOCK_B
     unit = tl.program_id(0) // num_tiles
@@ -100,7 +106,9 @@ def _fan_in_shared_fwd_kernel(
     label = unit // parts * group + offs_g
     total = tl.zeros((BLOCK_G, BLOCK_B), tl.float32)
     for start in range(0, fan_in, BLOCK_F):
-        _, _, x = load_inputs(x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F)
+        _, _, x = load_inputs(
+            x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F, N_KEEP, M_BLOCK
+        )
         _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
         total += scores(weight, x, DOT_DTYPE, PRECISION)
     if bias_ptr is not None:
@@ -114,7 +122,7 @@ def _fan_in_bwd_kernel(
     grad_ptr,  # [B, stride_gb]
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
-    index_ptr,  # [L/G, F]
+    index_ptr,  # [L/G, F], or packed
     d_x_t_ptr,  # [D, width], or [programs, D, width] where deterministic
     d_weight_ptr,  # [L, F]
     num_rows,
@@ -131,6 +139,8 @@ def _fan_in_bwd_kernel(
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     if DETERMINISTIC:
@@ -147,7 +157,7 @@ def _fan_in_bwd_kernel(
             for first in range(0, width, BLOCK_B):
                 offs_b = first + tl.arange(0, BLOCK_B)
                 rows, mask_x, x = load_inputs(
-                    x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F
+                    x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F, N_KEEP, M_BLOCK
                 )
                 at_grad = offs_b.to(tl.int64)[None, :] * stride_gb + label[:, None]
                 mask = mask_g[:, None] & (offs_b < num_rows)[None, :]
@@ -158,37 +168,38 @@ def _fan_in_bwd_kernel(
             tl.store(d_weight_ptr + at, d_weight, mask=mask_w)
 
 
-def forward_launch(
-    x_t: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, out: Tensor, num_rows: int
-) -> Launch:
+def forward_launch(x_t: Tensor, layer: Layer, out: Tensor, num_rows: int) -> Launch:
     """Scores of all labels into out [B, L] (rows may be strided)."""
-    num_labels, fan_in = weight.shape
-    group = num_labels // index.shape[0]
-    tiles = unit_tiles(num_rows, weight, index, x_t.dtype)
+    num_labels, group = layer.num_labels, layer.group
+    tiles = unit_tiles(num_rows, layer, x_t.dtype)
     num_tiles = x_t.shape[1] // tiles.block_b
     arguments = {
         "x_t_ptr": x_t,
-        "weight_ptr": weight,
-        "index_ptr": index,
-        "bias_ptr": bias,
+        **layer_arguments(layer),
         "out_ptr": out,
         "num_rows": num_rows,
         "width": x_t.shape[1],
         "num_labels": num_labels,
-        "fan_in": fan_in,
+        "fan_in": layer.fan_in,
         "group": group,
         "stride_ob": out.stride(0),
     }
     if group < 8:
         block_l = min(32, power_of_2(num_labels))
-        constants = {"BLOCK_L": block_l, "BLOCK_B": tiles.block_b, "UNROLL": 4}
+        constants = {
+            "BLOCK_L": block_l,
+            "BLOCK_B": tiles.block_b,
+            "UNROLL": 4,
+            **pattern_constants(layer),
+        }
         grid = cdiv(num_labels, block_l) * num_tiles
         return Launch(_fan_in_fwd_kernel, grid, arguments, constants)
     constants = {
         "BLOCK_G": tiles.block_g,
         "BLOCK_F": tiles.block_f,
         "BLOCK_B": tiles.block_b,
-        **dot_settings(x_t, weight),
+        **dot_settings(x_t, layer.weight),
+        **pattern_constants(layer),
     }
     grid = num_units(num_labels, group, tiles.block_g) * num_tiles
     return Launch(_fan_in_shared_fwd_kernel, grid, arguments, constants, tiles.num_warps)
@@ -197,31 +208,28 @@ def forward_launch(
 def backward_launch(
     grad: Tensor,
     x_t: Tensor,
-    weight: Tensor,
-    index: Tensor,
+    layer: Layer,
     d_x_t: Tensor,
     d_weight: Tensor,
     num_rows: int,
 ) -> Launch:
     """d_weight written, d_x_t [parts, D, width] added to; parts > 1 or 0 mean deterministic."""
-    num_labels, fan_in = weight.shape
-    group = num_labels // index.shape[0]
-    tiles = unit_tiles(num_rows, weight, index, x_t.dtype)
-    units = num_units(num_labels, group, tiles.block_g)
+    tiles = unit_tiles(num_rows, layer, x_t.dtype)
+    units = num_units(layer.num_labels, layer.group, tiles.block_g)
     deterministic = d_x_t.dim() == 3
     walk = cdiv(units, len(d_x_t)) if deterministic else tiles.walk
     arguments = {
         "grad_ptr": grad,
         "x_t_ptr": x_t,
-        "weight_ptr": weight,
-        "index_ptr": index,
+        "weight_ptr": layer.weight,
+        "index_ptr": layer.index,
         "d_x_t_ptr": d_x_t,
         "d_weight_ptr": d_weight,
         "num_rows": num_rows,
         "features": x_t.shape[0],
         "width": x_t.shape[1],
-        "fan_in": fan_in,
-        "group": group,
+        "fan_in": layer.fan_in,
+        "group": layer.group,
         "units": units,
         "walk": walk,
         "stride_gb": grad.stride(0),
@@ -230,8 +238,9 @@ def backward_launch(
         "BLOCK_G": tiles.block_g,
         "BLOCK_F": tiles.block_f,
         "BLOCK_B": tiles.block_b,
-        **dot_settings(x_t, weight),
+        **dot_settings(x_t, layer.weight),
         "DETERMINISTIC": deterministic,
+        **pattern_constants(layer),
     }
     grid = cdiv(units, walk)
     return Launch(_fan_in_bwd_kernel, grid, arguments, constants, tiles.num_warps)
@@ -256,10 +265,9 @@ def fan_in_linear(x: Tensor, layer: Layer) -> Tensor:  # [B, D] -> [B, L]
 def scores_into(out: Tensor, x: Tensor, layer: Layer) -> None:
     """Write the scores of every label to out [B, L]."""
     layer = layer.contiguous()
-    assert layer.index is not None
-    tiles = unit_tiles(x.shape[0], layer.weight, layer.index, x.dtype)
+    tiles = unit_tiles(x.shape[0], layer, x.dtype)
     x_t = feature_major(x, tiles.block_b)
-    forward_launch(x_t, layer.weight, layer.index, layer.bias, out, x.shape[0]).run()
+    forward_launch(x_t, layer, out, x.shape[0]).run()
 
 
 def fan_in_linear_backward(
@@ -270,16 +278,14 @@ def fan_in_linear_backward(
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
     """Gradients in x and weight; `deterministic` is torch's setting unless given."""
     layer = layer.contiguous()
-    assert layer.index is not None
-    weight, index = layer.weight, layer.index
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight)
-    tiles = unit_tiles(x.shape[0], weight, index, x.dtype)
+        return torch.zeros_like(x), torch.zeros_like(layer.weight)
+    tiles = unit_tiles(x.shape[0], layer, x.dtype)
     units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
     d_x_t = input_gradient_buffer(x_t, units, deterministic)
-    d_weight = torch.empty_like(weight)
-    backward_launch(grad.contiguous(), x_t, weight, index, d_x_t, d_weight, x.shape[0]).run()
+    d_weight = torch.empty_like(layer.weight)
+    backward_launch(grad.contiguous(), x_t, layer, d_x_t, d_weight, x.shape[0]).run()
     return batch_major(d_x_t, x.shape[0], x.dtype), d_weight

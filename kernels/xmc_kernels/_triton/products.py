@@ -9,15 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xmc_kernels._triton.layers import load_columns
+
 
 @triton.jit
 def load_inputs(
-    x_t_ptr, index_ptr, group_row, start_f, width, offs_b, fan_in, BLOCK_F: tl.constexpr
+    x_t_ptr,
+    index_ptr,
+    group_row,
+    start_f,
+    width,
+    offs_b,
+    fan_in,
+    BLOCK_F: tl.constexpr,
+    N_KEEP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
 ):
     """Offsets of F rows of x_t [F, 1], their mask, and the rows themselves [F, B]."""
     offs_f = start_f + tl.arange(0, BLOCK_F)
     mask_f = offs_f < fan_in
-    index = tl.load(index_ptr + group_row * fan_in + offs_f, mask=mask_f, other=0)
+    index = load_columns(index_ptr, group_row, offs_f, mask_f, fan_in, N_KEEP, M_BLOCK)
     rows = index.to(tl.int64)[:, None] * width
     mask = mask_f[:, None]
     x = tl.load(x_t_ptr + rows + offs_b[None, :], mask=mask, other=0.0)

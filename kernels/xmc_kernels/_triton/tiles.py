@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._triton.launch import cdiv, power_of_2
+from xmc_kernels.layer import Layer
 
 PARTIAL_BYTES = 48 * 2**20
 """What the private copies of d_x may hold in the deterministic form."""
@@ -91,19 +92,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def unit_tiles(
-    num_rows: int, weight: Tensor, index: Tensor, dtype: torch.dtype, *, fused: bool = False
-) -> Tiles:
+def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool = False) -> Tiles:
     """Tiles of the kernels that go unit by unit (`products.py`): the table's, cut to the shape.
 
     `dtype` is that of x; `fused` is the training step, which holds most at once. float32 products
     on tensor cores hold three parts of each operand: smaller tiles.
     """
-    num_labels, fan_in = weight.shape
-    group = num_labels // index.shape[0]
-    wide = torch.float32 in (dtype, weight.dtype)
-    most = table(weight.device).tiles[fused, group > 1, wide]
-    block_f = min(max(16, power_of_2(fan_in)), most.block_f)
+    group = layer.group
+    wide = torch.float32 in (dtype, layer.weight.dtype)
+    most = table(layer.weight.device).tiles[fused, group > 1, wide]
+    block_f = min(max(16, power_of_2(layer.fan_in)), most.block_f)
     block_b = min(max(16, power_of_2(num_rows)), most.block_b)
     if group == 1:
         num_warps = 8 if block_f == 32 else 4
@@ -113,7 +111,8 @@ def unit_tiles(
     block_g = min(max(16, power_of_2(group)), most.block_g)
     if fused and block_g == 32 and block_f < 64:
         block_b = min(block_b, 64)
-    num_warps = most.num_warps if fused or wide or block_g == most.block_g else 4
+    small = not (fused or wide or block_g == most.block_g or layer.pattern)
+    num_warps = 4 if small else most.num_warps
     return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
 
 
@@ -148,7 +147,7 @@ def score_labels(x: Tensor, num_labels: int, group: int) -> int:
     return min(max(1, most) * unit, num_labels)
 
 
-def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> str:
+def strategy(x: Tensor, layer: Layer, deterministic: bool) -> str:
     """How to train: "walk" unit by unit, or "densify" label tiles for torch's matrix products.
 
     The default table is counted, not measured: one scattered float32 atomic per multiply-add bounds
@@ -159,7 +158,7 @@ def strategy(x: Tensor, weight: Tensor, index: Tensor, deterministic: bool) -> s
     """
     if deterministic:
         return "walk"
-    shared = len(index) < len(weight)
-    both = x.dtype == weight.dtype == torch.bfloat16
-    steps = table(weight.device).strategies[shared, False, both]
+    both = x.dtype == layer.weight.dtype == torch.bfloat16
+    key = (layer.group > 1, layer.pattern is not None, both)
+    steps = table(layer.weight.device).strategies[key]
     return [name for rows, name in steps if rows <= max(1, len(x))][-1]

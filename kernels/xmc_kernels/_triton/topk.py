@@ -18,6 +18,7 @@ from xmc_kernels._reference.topk import from_key, order_key
 from xmc_kernels._triton.densify import product, product_dtype
 from xmc_kernels._triton.fan_in import forward_launch
 from xmc_kernels._triton.launch import Launch, cdiv, feature_major, power_of_2
+from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.tiles import score_labels, unit_tiles
 from xmc_kernels.layer import Layer
 
@@ -129,14 +130,11 @@ def _scorer(x: Tensor, layer: Layer) -> Callable[[int, int], Tensor]:
             return scores if bias is None else scores.add_(bias[start:stop])
 
         return dense
-    group, index = layer.group, layer.index
-    x_t = feature_major(x, unit_tiles(len(x), weight, index, x.dtype).block_b)
+    x_t = feature_major(x, unit_tiles(len(x), layer, x.dtype).block_b)
 
     def sparse(start: int, stop: int) -> Tensor:
         scores = torch.empty(len(x), stop - start, device=x.device)
-        own = None if bias is None else bias[start:stop]
-        rows = index[start // group : stop // group]
-        forward_launch(x_t, weight[start:stop], rows, own, scores, len(x)).run()
+        forward_launch(x_t, label_range(layer, start, stop), scores, len(x)).run()
         return scores
 
     return sparse

@@ -276,11 +276,11 @@ def test_strategies(problem) -> None:
 
     p, shared = problem(32, 8, 64, 4), problem(32, 8, 64, 4, 16)
     half, shared = p.to(torch.bfloat16), shared.to(torch.bfloat16)
-    assert strategy(half.x, half.weight, half.index, False) == "densify"
-    assert strategy(half.x, half.weight, half.index, True) == "walk"
-    assert strategy(half.x[:8], half.weight, half.index, False) == "walk"
-    assert strategy(p.x, p.weight, p.index, False) == "walk"
-    assert strategy(shared.x, shared.weight, shared.index, False) == "walk"
+    assert strategy(half.x, half.as_layer, False) == "densify"
+    assert strategy(half.x, half.as_layer, True) == "walk"
+    assert strategy(half.x[:8], half.as_layer, False) == "walk"
+    assert strategy(p.x, p.as_layer, False) == "walk"
+    assert strategy(shared.x, shared.as_layer, False) == "walk"
 
 
 @pytest.mark.gpu
