@@ -216,8 +216,9 @@ def test_validate_names_the_rule(bad: Clusters, message: str) -> None:
         bad.validate()
 
 
-def test_files_bring_the_same_clusters_back(tmp_path: Path) -> None:
-    found = cluster_labels(random_features(30), max_labels=4, seed=0)
+@pytest.mark.parametrize("max_labels", [4, 1])  # 8 clusters, and 32, of which some are empty
+def test_files_bring_the_same_clusters_back(tmp_path: Path, max_labels: int) -> None:
+    found = cluster_labels(random_features(30), max_labels=max_labels, seed=0)
     path = tmp_path / "clusters.safetensors"
     found.save(path)
     loaded = Clusters.load(path)

@@ -16,8 +16,8 @@ from typing import Any, cast
 import numpy as np
 import scipy.sparse
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xmc.files import write_file
@@ -104,9 +104,10 @@ class Clusters:
     def load(cls, path: Path) -> Clusters:
         """Read what `save` wrote. Raises ValueError naming a missing or damaged file."""
         try:
-            tensors = load_file(path)
-            assignment, order = tensors["assignment"], tensors["order"]
-            clusters = cls(assignment, int(assignment.max()) + 1, order)
+            with safe_open(path, framework="pt") as file:
+                num_clusters = int((file.metadata() or {})["num_clusters"])
+                assignment, order = file.get_tensor("assignment"), file.get_tensor("order")
+            clusters = cls(assignment, num_clusters, order)
             clusters.validate()
         except FileNotFoundError:
             raise ValueError(f"{path}: expected label clusters, got no such file") from None
