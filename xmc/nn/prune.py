@@ -27,11 +27,11 @@ def lost_slots(
     Of these only the ones with a score under `below`, where it is given. With a pattern, n of
     every m inputs, a block of n slots loses at most the m - n for which it has other inputs.
     """
-    if pattern is None:
+    n, m = pattern or (0, 0)
+    if 2 * n <= m:  # a block has another input for each of its slots
         lost = _lowest(score, most)
     else:
-        n, m = pattern
-        replaceable = _lowest(score.view(-1, n), min(n, m - n)).view_as(score)
+        replaceable = _lowest(score.view(-1, n), m - n).view_as(score)
         # Infinite scores of real weights sort among the masked ones: hence the second test.
         lost = _lowest(score.masked_fill(~replaceable, torch.inf), most) & replaceable
     if below is not None:
