@@ -16,8 +16,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def provenance() -> dict[str, Any]:
-    """The fields that every line of a results file carries."""
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """The fields that every line of a results file carries; no paths outside the repository."""
     folder = Path(__file__).parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -27,15 +27,26 @@ def provenance() -> dict[str, Any]:
         cwd=folder,
     )
     return {
-        "device": f"cpu: {cpu_name()}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu: {cpu_name()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("numba", "triton")},
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_home, sys.argv)]),
     }
+
+
+def _without_home(argument: str) -> str:
+    """An absolute path as it reads from the repository's root, or its last part."""
+    name, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    root = Path(__file__).resolve().parents[2]
+    inside = path.is_relative_to(root)
+    return f"{name}{equals}{path.relative_to(root) if inside else path.name}"
 
 
 def _version(package: str) -> str | None:
