@@ -107,9 +107,10 @@ def test_rigl_grows_exactly_the_oracles_inputs(
 @pytest.mark.parametrize("pattern", ["", "3:8"])
 @pytest.mark.parametrize("init", ["zero", "uniform"])
 def test_layers_of_any_storage_are_rewired(
-    oracle: ModuleType, weight_dtype: str, pattern: str, init: str
+    oracle: ModuleType, monkeypatch: pytest.MonkeyPatch, weight_dtype: str, pattern: str, init: str
 ) -> None:
     """RigL at D = 32, F = 12: 4 slots of each row, within its blocks where there are blocks."""
+    monkeypatch.setattr(growth_file, "_TILE", 200)  # 3 groups at a time
     torch.manual_seed(4)
     config = HeadConfig(fan_in=12, group_size=2, pattern=pattern, weight_dtype=weight_dtype)  # type: ignore[arg-type]
     head = ClassifierHead.from_config(32, L, config, OptimizerConfig(kind="adamw", lr=0.05))

@@ -226,6 +226,27 @@ def test_shards_of_labels_rewire_as_the_whole_does(case: Case, data: st.DataObje
     assert pruned == report.pruned
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rigl", [False, True])
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_a_gpu_rewires_as_the_cpu_does(rigl: bool, pattern: Pattern) -> None:
+    case = Case(32, 16, 2, 50, pattern, rigl, seed=3, draw=4)
+    weight, index, moments, score = case.make()
+    places = []
+    for device in ("cpu", "cuda"):
+        here = [tensor.clone().to(device) for tensor in (weight, index, *moments)]
+        scores = score.to(device)
+        rewire_(
+            *(here[0], here[1], 32),
+            **{"amount": 0.4, "seed": 3, "step": 7, "init": "uniform", "pattern": pattern},
+            growth=(lambda start, stop, s=scores: s[start:stop]) if rigl else None,
+            moments=here[2:],
+            tile_slots=400,
+        )
+        places.append([tensor.cpu() for tensor in here])
+    assert all(torch.equal(one, other) for one, other in zip(*places, strict=True))
+
+
 def pattern_after(seed: int, step: int) -> Tensor:
     torch.manual_seed(0)
     layer = FixedFanInLinear(64, 200, 8)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from xmc.config import RewireConfig
+from xmc.config import ConfigError, RewireConfig, from_dict
 from xmc.nn.rewire_schedule import is_due, prune_amount, rewire_progress
 
 
@@ -57,3 +57,28 @@ def test_constant_amounts_stay(prune: str, amount: float) -> None:
         anneal="constant",
     )
     assert [prune_amount(config, progress) for progress in (0.0, 0.7, 1.0)] == [amount] * 3
+
+
+def test_recipes_of_before_still_read() -> None:
+    old = {"method": "set", "fraction": 0.3, "interval": 100, "end": 0.66}
+    read = from_dict({"rewire": old}, source="old").rewire
+    assert {name: getattr(read, name) for name in old} == old
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "riggl"}, "rewire.method: input should be 'static', 'set' or 'rigl'"),
+        ({"prune": "all"}, "rewire.prune: input should be 'fraction' or 'threshold', got 'all'"),
+        ({"fraction": 1.0}, "rewire.fraction: input should be less than 1, got 1.0"),
+        ({"threshold": -0.1}, "rewire.threshold: input should be greater than or equal to 0"),
+        ({"anneal": "linear"}, "rewire.anneal: input should be 'cosine' or 'constant'"),
+        ({"interval": 0}, "rewire.interval: input should be greater than 0, got 0"),
+        ({"init": 0}, "rewire.init: input should be 'zero' or 'uniform', got 0"),
+        ({"moments": "drop"}, "rewire.moments: input should be 'reset' or 'keep', got 'drop'"),
+    ],
+)
+def test_options_are_read_strictly(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict({"rewire": options}, source="recipe")
+    assert str(caught.value).startswith(f"recipe: {message}")
