@@ -29,6 +29,7 @@ SHAPES = [
     (5, 9, 1, 4, 1),
     (1, 1, 1, 1, 1),
     (48, 64, 512, 16, 4),
+    (64, 96, 560, 35, 10),
 ]
 losses = pytest.mark.parametrize("loss", LOSSES)
 kinds = pytest.mark.parametrize("kind", KINDS)

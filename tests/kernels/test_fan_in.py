@@ -22,6 +22,7 @@ SHAPES = [
     (1, 1, 1, 1, 1),
     (48, 64, 512, 16, 4),
     (129, 20, 66, 7, 3),
+    (64, 96, 560, 35, 10),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 

@@ -15,16 +15,24 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from xmc_kernels._cpu import scores, threads
-from xmc_kernels._cpu.gradients import label_gradient
+from xmc_kernels._cpu import labels, threads
+from xmc_kernels._cpu.blocks import repeat
+from xmc_kernels._cpu.gradients import block_gradients
 from xmc_kernels._cpu.jit import kernel
+from xmc_kernels._cpu.labels import (
+    block_stop,
+    chains_of,
+    copy_biases,
+    index_rows,
+    refused,
+    share_range,
+)
 from xmc_kernels._cpu.losses import bce, squared_hinge
-from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
+from xmc_kernels._cpu.scores import block_scores
 from xmc_kernels._cpu.tiles import from_tiles, lower_bound, tile_width, to_tiles
 from xmc_kernels._cpu.update import CONSTANTS, apply_or_keep, constants
 from xmc_kernels._cpu.vector import (
     at_address,
-    fill,
     fma,
     greater,
     hsum,
@@ -33,6 +41,7 @@ from xmc_kernels._cpu.vector import (
     negative_abs,
     next_share,
     splat,
+    store,
 )
 from xmc_kernels.layer import Layer
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule
@@ -41,84 +50,100 @@ LOSSES = ("bce", "squared_hinge")
 _BCE = LOSSES.index("bce")
 _ZERO, _ONE = np.float32(0), np.float32(1)
 ARGUMENTS = threads.record_type(
-    addresses=f"{scores.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
+    addresses=f"{labels.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
     "grad_weight grad_bias scratch d_x value",
-    integers=f"{scores.INTEGERS} scratch_bytes num_keys loss apply rule",
+    integers=f"{labels.INTEGERS} scratch_bytes num_keys loss apply rule",
     floats=CONSTANTS,
 )
 
 
-def _scratch_size(width: int, chunk: int, fan_in: int) -> int:
-    """Floats of a share's buffers, in cache lines: target, grad, grad_bias."""
-    return -(-(width + chunk * fan_in + chunk) // 16) * 16
+def _scratch_size(width: int, block: int, chunk: int, fan_in: int) -> int:
+    """Floats of a share's buffers: target and scores of a block, gradients of a chunk."""
+    return -(-(2 * width * block + chunk * fan_in + chunk) // 16) * 16
 
 
 @functools.cache
-def _kernel(W, kind):
+def _kernel(W, kind, T):
+    CHAINS = chains_of(W)
+
     @kernel(ARGUMENTS)
     def classifier_shares(arguments):
         a = carray(arguments, 1)[0]
-        num_labels, fan_in, group, chunk = a.num_labels, a.fan_in, a.group, a.chunk
-        num_tiles, features, num_keys, loss = a.num_tiles, a.features, a.num_keys, a.loss
-        stride = features * W
+        num_labels, fan_in, chunk, num_keys = a.num_labels, a.fan_in, a.chunk, a.num_keys
+        stride = a.features * W
         weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
-        has_bias = a.bias != 0
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         keys, columns = at_address(np.int64, a.keys), at_address(np.int64, a.columns)
         scales = at_address(np.float32, a.scale)
         values, bad = at_address(np.float64, a.value), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
+        one, several, chains = repeat(1, zero), repeat(T, zero), repeat(CHAINS, zero)
 
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            # The tile's targets, all zeros between labels, and the gradient of a chunk.
+            # A block's targets, all zeros between blocks; its scores, then their gradients.
             at = a.scratch + share * a.scratch_bytes
-            target, grad = at_address(np.float32, at), at_address(np.float32, at + 4 * W)
-            grad_bias = at_address(np.float32, at + 4 * (W + chunk * fan_in))
-            d_x = at_address(np.float32, a.d_x + share * 4 * num_tiles * stride)
+            target, g = at_address(np.float32, at), at_address(np.float32, at + 4 * W * a.block)
+            at += 8 * W * a.block
+            # The gradients of a chunk.
+            grad, grad_bias = (
+                at_address(np.float32, at),
+                at_address(np.float32, at + 4 * chunk * fan_in),
+            )
+            biases = at_address(np.float32, a.biases + share * 4 * chunk)
+            d_x = at_address(np.float32, a.d_x + share * 4 * a.num_tiles * stride)
             value = 0.0
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                for tile in range(num_tiles):
+                copy_biases(a, bias, biases, c0, c1)
+                for i in range((c1 - c0) * fan_in):
+                    grad[i] = _ZERO
+                for i in range(c1 - c0):
+                    grad_bias[i] = _ZERO
+                for tile in range(a.num_tiles):
                     base = tile * stride
                     total = zero
                     scale = load(zero, scales, tile * W)
                     p = lower_bound(keys, 0, num_keys, tile * num_labels + c0)
-                    for label in range(c0, c1):
-                        w = label * fan_in
-                        row = (label // group) * fan_in
-                        if out_of_range(index, row, fan_in, features):
-                            if bad[share] < 0:
-                                bad[share] = label
+                    b0 = c0
+                    while b0 < c1:
+                        b1 = block_stop(a, b0, c1)
+                        count = b1 - b0
+                        rows, row, step = index_rows(a, index, b0)
+                        w = b0 * fan_in
+                        if refused(a, rows, row, step, count, bad, share, b0):
+                            b0 = b1
                             continue
-                        score = fill(zero, bias[label] if has_bias else _ZERO)
-                        score = label_score(score, x, base, weight, w, index, row, fan_in)
-
-                        first = p
-                        while p < num_keys and keys[p] == tile * num_labels + label:
-                            target[columns[p]] = _ONE
-                            p += 1
-                        if loss == _BCE:
-                            g, v = bce(score, load(zero, target, 0))
-                        else:
-                            g, v = squared_hinge(score, load(zero, target, 0))
-                        for i in range(first, p):
-                            target[columns[i]] = _ZERO
-                        g = mul(g, scale)
-                        total = fma(v, scale, total)
-
-                        r = label - c0
-                        grad_bias[r] = hsum(g) + (grad_bias[r] if tile > 0 else _ZERO)
-                        if loss != _BCE and greater(zero, negative_abs(g)) == 0:
-                            if tile == 0:
-                                for k in range(fan_in):
-                                    grad[r * fan_in + k] = _ZERO
-                            continue
-                        label_gradient(
-                            *(g, x, base, weight, w, index, row, fan_in),
-                            *(tile > 0, grad, r * fan_in, d_x),
+                        block_scores(
+                            *(several, chains, a, x, base, weight, w, rows, row, step),
+                            *(biases, b0 - c0, count, g, 0),
                         )
+                        first, origin = p, tile * num_labels + b0
+                        while p < num_keys and keys[p] < origin + count:
+                            target[(keys[p] - origin) * W + columns[p]] = _ONE
+                            p += 1
+                        any_gradient = np.uint64(0)
+                        for i in range(count):
+                            score, wanted = load(zero, g, i * W), load(zero, target, i * W)
+                            if a.loss == _BCE:
+                                of_score, v = bce(score, wanted)
+                            else:
+                                of_score, v = squared_hinge(score, wanted)
+                            of_score = mul(of_score, scale)
+                            total = fma(v, scale, total)
+                            store(g, i * W, of_score)
+                            grad_bias[b0 - c0 + i] += hsum(of_score)
+                            if a.loss != _BCE:
+                                any_gradient |= greater(zero, negative_abs(of_score))
+                        for i in range(first, p):
+                            target[(keys[i] - origin) * W + columns[i]] = _ZERO
+                        if a.loss == _BCE or any_gradient != 0:
+                            block_gradients(
+                                *(several, one, a, x, d_x, base, weight, w, rows, row, step),
+                                *(g, 0, count, grad, (b0 - c0) * fan_in),
+                            )
+                        b0 = b1
                     value += hsum(total)
                 apply_or_keep(
                     *(a, a.decay, weight, grad),
@@ -127,7 +152,7 @@ def _kernel(W, kind):
                     at_address(np.float32, a.grad_weight),
                     *(a.grad_weight != 0, c0 * fan_in, c1 * fan_in),
                 )
-                if has_bias:
+                if a.bias != 0:
                     apply_or_keep(
                         *(a, _ZERO, bias, grad_bias),
                         at_address(np.float32, a.bias_m),
@@ -171,8 +196,10 @@ def classifier_step(
     scale[:num_rows] = grad_scale
     keys, columns = _positives(indptr, indices, layer.num_labels, width)
     shares = threads.num_shares(layer.num_labels)
-    fields = scores.layer_fields(tiles, layer, shares)
-    scratch = threads.zeros(shares, _scratch_size(width, fields["chunk"], fields["fan_in"]))
+    fields = labels.layer_fields(tiles, layer, shares)
+    scratch = threads.zeros(
+        shares, _scratch_size(width, fields["block"], fields["chunk"], fields["fan_in"])
+    )
     d_x = threads.zeros(shares, *tiles.shape)
     value = np.zeros(shares)
     arguments = threads.record(
@@ -192,7 +219,7 @@ def classifier_step(
         apply=update,
         rule=RULES.index(rule.kind),
     )
-    threads.launch(_kernel(width, scores.index_kind(layer)), arguments)
-    scores.raise_bad_index(layer, fields)
+    threads.launch(_kernel(width, *labels.kinds(layer, width)), arguments)
+    labels.raise_bad_index(layer, fields)
     total = torch.tensor(value.sum(), dtype=torch.float32)
     return total, from_tiles(d_x, num_rows).to(x.dtype)

@@ -9,102 +9,119 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from xmc_kernels._cpu import scores, threads
-from xmc_kernels._cpu.gradients import label_gradient
+from xmc_kernels._cpu import labels, threads
+from xmc_kernels._cpu.blocks import repeat
+from xmc_kernels._cpu.gradients import block_gradients
 from xmc_kernels._cpu.jit import kernel
-from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
-from xmc_kernels._cpu.tiles import from_tiles, tile_width, to_tiles, transpose
-from xmc_kernels._cpu.vector import at_address, fill, load, next_share, splat, store
+from xmc_kernels._cpu.labels import (
+    block_stop,
+    chains_of,
+    copy_biases,
+    index_rows,
+    refused,
+    share_range,
+)
+from xmc_kernels._cpu.scores import block_scores
+from xmc_kernels._cpu.tiles import NARROW, from_tiles, tile_width, to_tiles, transpose
+from xmc_kernels._cpu.vector import at_address, next_share, splat
 from xmc_kernels.layer import Layer
 
 _ZERO = np.float32(0)
 _BLOCK = 64  # labels whose scores are transposed at once
 FORWARD = threads.record_type(
-    addresses=f"{scores.ADDRESSES} block out", integers=f"{scores.INTEGERS} num_rows"
+    addresses=f"{labels.ADDRESSES} scores out", integers=f"{labels.INTEGERS} num_rows"
 )
 BACKWARD = threads.record_type(
-    addresses=f"{scores.ADDRESSES} block grad d_weight d_x",
-    integers=f"{scores.INTEGERS} num_rows",
+    addresses=f"{labels.ADDRESSES} grads grad d_weight d_x",
+    integers=f"{labels.INTEGERS} num_rows",
 )
 
 
 @functools.cache
-def _forward_kernel(W, kind):
+def _forward_kernel(W, kind, T):
+    CHAINS = chains_of(W)
+
     @kernel(FORWARD)
     def forward_shares(arguments):
         a = carray(arguments, 1)[0]
-        num_labels, fan_in, group, chunk = a.num_labels, a.fan_in, a.group, a.chunk
-        num_tiles, features, num_rows = a.num_tiles, a.features, a.num_rows
+        num_labels, fan_in, chunk = a.num_labels, a.fan_in, a.chunk
         weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
-        has_bias = a.bias != 0
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         out, bad = at_address(np.float32, a.out), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
+        several, chains = repeat(T, zero), repeat(CHAINS, zero)
 
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            block = at_address(np.float32, a.block + share * 4 * _BLOCK * W)
+            scores = at_address(np.float32, a.scores + share * 4 * _BLOCK * W)
+            biases = at_address(np.float32, a.biases + share * 4 * chunk)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                for tile in range(num_tiles):
-                    for b0 in range(c0, c1, _BLOCK):
-                        b1 = min(b0 + _BLOCK, c1)
-                        for label in range(b0, b1):
-                            w, row = label * fan_in, (label // group) * fan_in
-                            if out_of_range(index, row, fan_in, features):
-                                if bad[share] < 0:
-                                    bad[share] = label
-                                continue
-                            base = tile * features * W
-                            score = fill(zero, bias[label] if has_bias else _ZERO)
-                            score = label_score(score, x, base, weight, w, index, row, fan_in)
-                            store(block, (label - b0) * W, score)
-                        count = min(W, num_rows - tile * W)
-                        to = tile * W * num_labels + b0
-                        transpose(block, 0, W, b1 - b0, count, out, to, num_labels)
+                copy_biases(a, bias, biases, c0, c1)
+                for tile in range(a.num_tiles):
+                    base = tile * a.features * W
+                    for t0 in range(c0, c1, _BLOCK):
+                        t1 = min(t0 + _BLOCK, c1)
+                        b0 = t0
+                        while b0 < t1:
+                            b1 = block_stop(a, b0, t1)
+                            rows, row, step = index_rows(a, index, b0)
+                            if not refused(a, rows, row, step, b1 - b0, bad, share, b0):
+                                block_scores(
+                                    *(several, chains, a, x, base, weight, b0 * fan_in),
+                                    *(rows, row, step, biases, b0 - c0, b1 - b0),
+                                    *(scores, (b0 - t0) * W),
+                                )
+                            b0 = b1
+                        count = min(W, a.num_rows - tile * W)
+                        to = tile * W * num_labels + t0
+                        transpose(scores, 0, W, t1 - t0, count, out, to, num_labels)
             share = next_share(arguments)
 
     return forward_shares
 
 
 @functools.cache
-def _backward_kernel(W, kind):
+def _backward_kernel(W, kind, T):
     @kernel(BACKWARD)
     def backward_shares(arguments):
         a = carray(arguments, 1)[0]
-        num_labels, fan_in, group, chunk = a.num_labels, a.fan_in, a.group, a.chunk
-        num_tiles, features, num_rows = a.num_tiles, a.features, a.num_rows
+        num_labels, fan_in, chunk = a.num_labels, a.fan_in, a.chunk
         weight, d_weight = at_address(np.float32, a.weight), at_address(np.float32, a.d_weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         grad, bad = at_address(np.float32, a.grad), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
+        several, one = repeat(T, zero), repeat(1, zero)
+        stride = a.features * W
 
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            block = at_address(np.float32, a.block + share * 4 * _BLOCK * W)
-            d_x = at_address(np.float32, a.d_x + share * 4 * num_tiles * features * W)
+            grads = at_address(np.float32, a.grads + share * 4 * _BLOCK * W)
+            d_x = at_address(np.float32, a.d_x + share * 4 * a.num_tiles * stride)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                for tile in range(num_tiles):
-                    for b0 in range(c0, c1, _BLOCK):
-                        b1 = min(b0 + _BLOCK, c1)
+                for i in range(c0 * fan_in, c1 * fan_in):
+                    d_weight[i] = _ZERO
+                for tile in range(a.num_tiles):
+                    for t0 in range(c0, c1, _BLOCK):
+                        t1 = min(t0 + _BLOCK, c1)
                         # Columns beyond the last row stay as they are: x is zero there.
-                        count = min(W, num_rows - tile * W)
-                        at = tile * W * num_labels + b0
-                        transpose(grad, at, num_labels, count, b1 - b0, block, 0, W)
-                        for label in range(b0, b1):
-                            w, row = label * fan_in, (label // group) * fan_in
-                            if out_of_range(index, row, fan_in, features):
-                                if bad[share] < 0:
-                                    bad[share] = label
-                                continue
-                            g = load(zero, block, (label - b0) * W)
-                            label_gradient(
-                                *(g, x, tile * features * W, weight, w, index, row, fan_in),
-                                *(tile > 0, d_weight, w, d_x),
-                            )
+                        count = min(W, a.num_rows - tile * W)
+                        at = tile * W * num_labels + t0
+                        transpose(grad, at, num_labels, count, t1 - t0, grads, 0, W)
+                        b0 = t0
+                        while b0 < t1:
+                            b1 = block_stop(a, b0, t1)
+                            rows, row, step = index_rows(a, index, b0)
+                            if not refused(a, rows, row, step, b1 - b0, bad, share, b0):
+                                block_gradients(
+                                    *(several, one, a, x, d_x, tile * stride, weight, b0 * fan_in),
+                                    *(rows, row, step, grads, (b0 - t0) * W, b1 - b0),
+                                    *(d_weight, b0 * fan_in),
+                                )
+                            b0 = b1
             share = next_share(arguments)
 
     return backward_shares
@@ -115,15 +132,15 @@ def fan_in_linear(
     layer: Layer,  # float32, contiguous
 ) -> Tensor:  # [B, L]
     """`x @ dense(weight, index).T + bias` in x's dtype."""
-    width = tile_width(len(x))
+    width = tile_width(len(x), NARROW)
     shares = threads.num_shares(layer.num_labels)
-    fields = scores.layer_fields(to_tiles(x, width), layer, shares)
+    fields = labels.layer_fields(to_tiles(x, width), layer, shares)
     # numpy's large arrays come in huge pages, torch's in small ones that each cost a fault.
     out = np.empty((len(x), layer.num_labels), np.float32)
-    block = threads.zeros(shares, _BLOCK, width)
-    arguments = threads.record(FORWARD, **fields, block=block, out=out, num_rows=len(x))
-    threads.launch(_forward_kernel(width, scores.index_kind(layer)), arguments)
-    scores.raise_bad_index(layer, fields)
+    scores = threads.zeros(shares, _BLOCK, width)
+    arguments = threads.record(FORWARD, **fields, scores=scores, out=out, num_rows=len(x))
+    threads.launch(_forward_kernel(width, *labels.kinds(layer, width)), arguments)
+    labels.raise_bad_index(layer, fields)
     return torch.from_numpy(out).to(x.dtype)
 
 
@@ -136,20 +153,20 @@ def fan_in_linear_backward(
     width = tile_width(len(x))
     tiles = to_tiles(x, width)
     shares = threads.num_shares(layer.num_labels)
-    fields = scores.layer_fields(tiles, layer, shares)
+    fields = labels.layer_fields(tiles, layer, shares)
     grad = grad.float().contiguous()
     d_weight = torch.empty(layer.weight.shape)
     d_x = threads.zeros(shares, *tiles.shape)
-    block = threads.zeros(shares, _BLOCK, width)
+    grads = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(
         BACKWARD,
         **fields,
-        block=block,
+        grads=grads,
         grad=grad,
         d_weight=d_weight,
         d_x=d_x,
         num_rows=len(x),
     )
-    threads.launch(_backward_kernel(width, scores.index_kind(layer)), arguments)
-    scores.raise_bad_index(layer, fields)
+    threads.launch(_backward_kernel(width, *labels.kinds(layer, width)), arguments)
+    labels.raise_bad_index(layer, fields)
     return from_tiles(d_x, len(x)).to(x.dtype), d_weight

@@ -1,66 +1,45 @@
-"""What one label adds to the gradients, given the gradient of its scores."""
+"""What a block of labels adds to the gradients, given the gradients of its scores."""
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
-from xmc_kernels._cpu.vector import (
-    add,
-    dot_lanes,
-    fill,
-    fma,
-    hsum,
-    load,
-    store,
-    sum_rows,
-    width_of,
-)
-
-_ZERO = np.float32(0)
+from xmc_kernels._cpu.blocks import add_gradient, add_gradients, load_rows
+from xmc_kernels._cpu.vector import LANES, width_of
 
 
 @njit(forceinline=True)
-def _input(g, x, base, weight, w, index, row, d_x):
-    """`d_x[its row] += weight * g` for one input; returns sixteen partial sums of `x . g`."""
-    at = base + np.intp(index[row]) * width_of(g)
-    store(d_x, at, fma(fill(g, weight[w]), g, load(g, d_x, at)))
-    return dot_lanes(load(g, x, at), g)
-
-
-@njit(forceinline=True)
-def label_gradient(g, x, base, weight, w, index, row, fan_in, more, d_weight, to, d_x):
-    """`d_x[rows of index] += weight * g`; `d_weight[to:] = x . g` for each input (+= if `more`).
-
-    All arrays are pointers. Sixteen inputs at a time keep their sums in registers until they are
-    added up together, hence no loop over them.
-    """
-    whole = fan_in // 16 * 16
-    for k in range(0, whole, 16):
-        i, j = w + k, row + k
-        sums = sum_rows(
-            (
-                _input(g, x, base, weight, i + 0, index, j + 0, d_x),
-                _input(g, x, base, weight, i + 1, index, j + 1, d_x),
-                _input(g, x, base, weight, i + 2, index, j + 2, d_x),
-                _input(g, x, base, weight, i + 3, index, j + 3, d_x),
-                _input(g, x, base, weight, i + 4, index, j + 4, d_x),
-                _input(g, x, base, weight, i + 5, index, j + 5, d_x),
-                _input(g, x, base, weight, i + 6, index, j + 6, d_x),
-                _input(g, x, base, weight, i + 7, index, j + 7, d_x),
-                _input(g, x, base, weight, i + 8, index, j + 8, d_x),
-                _input(g, x, base, weight, i + 9, index, j + 9, d_x),
-                _input(g, x, base, weight, i + 10, index, j + 10, d_x),
-                _input(g, x, base, weight, i + 11, index, j + 11, d_x),
-                _input(g, x, base, weight, i + 12, index, j + 12, d_x),
-                _input(g, x, base, weight, i + 13, index, j + 13, d_x),
-                _input(g, x, base, weight, i + 14, index, j + 14, d_x),
-                _input(g, x, base, weight, i + 15, index, j + 15, d_x),
-            )
-        )
-        if more:
-            sums = add(sums, load(sums, d_weight, to + k))
-        store(d_weight, to + k, sums)
+def _gradients(grads, x, d_x, base, weight, w, index, row, fan_in, into, to):
+    inputs = LANES // len(grads)
+    whole = fan_in // inputs * inputs
+    for k in range(0, whole, inputs):
+        add_gradients(grads, x, d_x, base, weight, w + k, fan_in, index, row + k, into, to + k)
     for k in range(whole, fan_in):
-        total = hsum(_input(g, x, base, weight, w + k, index, row + k, d_x))
-        d_weight[to + k] = total + (d_weight[to + k] if more else _ZERO)
+        add_gradient(grads, x, d_x, base, weight, w + k, fan_in, index, row + k, into, to + k)
+
+
+@njit(forceinline=True)
+def block_gradients(
+    several, one, a, x, d_x, base, weight, w, index, row, step, grads, at, count, into, to
+):
+    """`d_x[index row i] += weight[i] * g[i]`; `into[to + i F + k] += x[index i, k] . g[i]`,
+    where g begins at `grads[at]`.
+
+    All arrays are pointers; `several` and `one` are tuples as in `block_scores`.
+    """
+    fan_in, width = a.fan_in, width_of(one[0])
+    done = 0
+    if len(several) > 1:
+        while done + len(several) <= count:
+            g = load_rows(several, grads, at + done * width)
+            _gradients(
+                *(g, x, d_x, base, weight, w + done * fan_in, index, row, fan_in),
+                *(into, to + done * fan_in),
+            )
+            done += len(several)
+    for i in range(done, count):
+        g = load_rows(one, grads, at + i * width)
+        _gradients(
+            *(g, x, d_x, base, weight, w + i * fan_in, index, row + i * step, fan_in),
+            *(into, to + i * fan_in),
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xmc_kernels._cpu import threads
 from xmc_kernels._cpu.jit import kernel
-from xmc_kernels._cpu.scores import share_range
+from xmc_kernels._cpu.labels import share_range
 from xmc_kernels._cpu.vector import at_address, next_share
 
 ARGUMENTS = threads.record_type(

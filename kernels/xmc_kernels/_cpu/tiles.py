@@ -12,19 +12,16 @@ from xmc_kernels._cpu.jit import compiled
 from xmc_kernels._cpu.vector import pointer, transpose_block
 
 WIDTHS = (16, 32, 64)
+NARROW = (4, 8, *WIDTHS)
+"""Widths of kernels without gradients: small batches there are bound by reading the layer."""
 # Cost of a label and a tile beside its multiply-adds, in columns of work (a fit to the sweep of
 # scripts/bench/classifier_step.py).
 _OVERHEAD = 20
 
 
-def tile_width(num_rows: int) -> int:
-    """The width among WIDTHS that wastes least on padding and on work per tile."""
-    return min(WIDTHS, key=lambda width: (-(-num_rows // width)) * (width + _OVERHEAD))
-
-
-def chunk_labels(fan_in: int, num_tiles: int) -> int:
-    """Labels whose gradients are held at once: more where several tiles pass over them."""
-    return max(1, (4096 if num_tiles == 1 else 16384) // fan_in)
+def tile_width(num_rows: int, widths: tuple[int, ...] = WIDTHS) -> int:
+    """The width that wastes least on padding and on work per tile."""
+    return min(widths, key=lambda width: (-(-num_rows // width)) * (width + _OVERHEAD))
 
 
 @njit(error_model="numpy")

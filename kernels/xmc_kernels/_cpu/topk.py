@@ -9,18 +9,27 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from xmc_kernels._cpu import scores, threads
+from xmc_kernels._cpu import labels, threads
+from xmc_kernels._cpu.blocks import repeat
 from xmc_kernels._cpu.jit import kernel
-from xmc_kernels._cpu.scores import label_score, out_of_range, share_range
-from xmc_kernels._cpu.tiles import lower_bound, tile_width, to_tiles
-from xmc_kernels._cpu.vector import at_address, fill, greater, load, next_share, splat, store
+from xmc_kernels._cpu.labels import (
+    block_stop,
+    chains_of,
+    copy_biases,
+    index_rows,
+    refused,
+    share_range,
+)
+from xmc_kernels._cpu.scores import block_scores
+from xmc_kernels._cpu.tiles import NARROW, lower_bound, tile_width, to_tiles
+from xmc_kernels._cpu.vector import at_address, greater, load, next_share, splat
 from xmc_kernels._reference.topk import from_key, order_key
 from xmc_kernels.layer import Layer
 
 _ZERO = np.float32(0)
 ARGUMENTS = threads.record_type(
-    addresses=f"{scores.ADDRESSES} indptr excluded thresholds scores labels",
-    integers=f"{scores.INTEGERS} num_rows k offset",
+    addresses=f"{labels.ADDRESSES} indptr excluded thresholds block_scores best best_labels",
+    integers=f"{labels.INTEGERS} num_rows k offset",
 )
 
 
@@ -40,56 +49,65 @@ def insert(scores, labels, last, first, score, label):
 
 
 @functools.cache
-def _kernel(W, kind):
+def _kernel(W, kind, T):
+    CHAINS = chains_of(W)
+
     @kernel(ARGUMENTS)
     def topk_shares(arguments):
         a = carray(arguments, 1)[0]
-        fan_in, group, chunk, k = a.fan_in, a.group, a.chunk, a.k
-        num_tiles, features, offset = a.num_tiles, a.features, a.offset
+        fan_in, chunk, k, offset = a.fan_in, a.chunk, a.k, a.offset
         weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
-        has_bias = a.bias != 0
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         indptr, excluded = at_address(np.int64, a.indptr), at_address(np.int32, a.excluded)
         bad = at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
+        several, chains = repeat(T, zero), repeat(CHAINS, zero)
 
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            # A score must be above its row's threshold; behind those is room for a tile's scores.
-            room = num_tiles * W
-            threshold = at_address(np.float32, a.thresholds + share * 4 * (room + W))
-            best = at_address(np.float32, a.scores + share * 4 * a.num_rows * k)
-            labels = at_address(np.int64, a.labels + share * 8 * a.num_rows * k)
+            # A score must be above its row's threshold.
+            threshold = at_address(np.float32, a.thresholds + share * 4 * a.num_tiles * W)
+            scores = at_address(np.float32, a.block_scores + share * 4 * a.block * W)
+            biases = at_address(np.float32, a.biases + share * 4 * chunk)
+            best = at_address(np.float32, a.best + share * 4 * a.num_rows * k)
+            labels = at_address(np.int64, a.best_labels + share * 8 * a.num_rows * k)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                for tile in range(num_tiles):
-                    for label in range(c0, c1):
-                        w, row = label * fan_in, (label // group) * fan_in
-                        if out_of_range(index, row, fan_in, features):
-                            if bad[share] < 0:
-                                bad[share] = label
+                copy_biases(a, bias, biases, c0, c1)
+                for tile in range(a.num_tiles):
+                    base = tile * a.features * W
+                    b0 = c0
+                    while b0 < c1:
+                        b1 = block_stop(a, b0, c1)
+                        rows, row, step = index_rows(a, index, b0)
+                        if refused(a, rows, row, step, b1 - b0, bad, share, b0):
+                            b0 = b1
                             continue
-                        base = tile * features * W
-                        score = fill(zero, bias[label] if has_bias else _ZERO)
-                        score = label_score(score, x, base, weight, w, index, row, fan_in)
-                        better = greater(score, load(zero, threshold, tile * W))
-                        if better == 0:
-                            continue
-                        store(threshold, room, score)
-                        for j in range(W):
-                            if (better >> np.uint64(j)) & np.uint64(1) == 0:
+                        block_scores(
+                            *(several, chains, a, x, base, weight, b0 * fan_in, rows, row, step),
+                            *(biases, b0 - c0, b1 - b0, scores, 0),
+                        )
+                        for at in range(b1 - b0):
+                            bar = load(zero, threshold, tile * W)
+                            better = greater(load(zero, scores, at * W), bar)
+                            if better == 0:
                                 continue
-                            i = tile * W + j
-                            if a.indptr != 0:
-                                stop_at = indptr[i + 1]
-                                p = lower_bound(excluded, indptr[i], stop_at, label + offset)
-                                if p < stop_at and excluded[p] == label + offset:
+                            label = b0 + at + offset
+                            for j in range(W):
+                                if (better >> np.uint64(j)) & np.uint64(1) == 0:
                                     continue
-                            # Labels rise: an equal score stays behind those that came before.
-                            value, last = threshold[room + j], (i + 1) * k - 1
-                            insert(best, labels, last, i * k, value, label + offset)
-                            threshold[i] = best[last]
+                                i = tile * W + j
+                                if a.indptr != 0:
+                                    stop_at = indptr[i + 1]
+                                    p = lower_bound(excluded, indptr[i], stop_at, label)
+                                    if p < stop_at and excluded[p] == label:
+                                        continue
+                                # Labels rise: an equal score stays behind those before it.
+                                last = (i + 1) * k - 1
+                                insert(best, labels, last, i * k, scores[at * W + j], label)
+                                threshold[i] = best[last]
+                        b0 = b1
             share = next_share(arguments)
 
     return topk_shares
@@ -103,13 +121,14 @@ def fan_in_topk(
     label_offset: int,
 ) -> tuple[Tensor, Tensor]:  # [B, k] float32, [B, k] int64
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
-    num_rows, width = len(x), tile_width(len(x))
+    num_rows, width = len(x), tile_width(len(x), NARROW)
     tiles = to_tiles(x, width)
     shares = threads.num_shares(layer.num_labels)
-    fields = scores.layer_fields(tiles, layer, shares)
+    fields = labels.layer_fields(tiles, layer, shares)
     best = torch.full((shares, num_rows, k), -torch.inf)
-    labels = torch.full((shares, num_rows, k), -1)
-    thresholds = threads.zeros(shares, (len(tiles) + 1) * width)
+    best_labels = torch.full((shares, num_rows, k), -1)
+    block = threads.zeros(shares, fields["block"], width)
+    thresholds = threads.zeros(shares, len(tiles) * width)
     thresholds[:] = np.inf
     thresholds[:, :num_rows] = -np.inf  # nothing is above that of padding
     indptr, excluded = (t.contiguous() for t in exclude) if exclude else (None, None)
@@ -119,15 +138,16 @@ def fan_in_topk(
         indptr=indptr,
         excluded=excluded,
         thresholds=thresholds,
-        scores=best,
-        labels=labels,
+        block_scores=block,
+        best=best,
+        best_labels=best_labels,
         num_rows=num_rows,
         k=k,
         offset=label_offset,
     )
-    threads.launch(_kernel(width, scores.index_kind(layer)), arguments)
-    scores.raise_bad_index(layer, fields)
-    return merge(best, labels)
+    threads.launch(_kernel(width, *labels.kinds(layer, width)), arguments)
+    labels.raise_bad_index(layer, fields)
+    return merge(best, best_labels)
 
 
 def merge(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def _constant(width, value, element=F32):
     return ir.Constant(ir.VectorType(element, width), [value] * width)
 
 
-def _call(builder, name, operands):
+def call(builder, name, operands):
     """Call an LLVM intrinsic overloaded on its (vector) type."""
     kind = operands[0].type
     suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
@@ -46,7 +46,7 @@ def _call(builder, name, operands):
     return builder.call(fn, operands)
 
 
-def _at(builder, pointer, offset, width=LANES):
+def address_of(builder, pointer, offset, width=LANES):
     """Address of the `width` numbers from `offset` on."""
     kind = ir.VectorType(F32, width).as_pointer()
     return builder.bitcast(builder.gep(pointer, [offset]), kind)
@@ -90,14 +90,16 @@ def next_share(typingctx, arguments):
     return signature, codegen
 
 
-def _splat(builder, width, value):
+def splatted(builder, width, value):
+    """A vector of the same number."""
     kind = ir.VectorType(F32, width)
     undefined = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(undefined, value, I32(0))
     return builder.shuffle_vector(one, undefined, _constant(width, 0, I32))
 
 
-def _slice(builder, vector, start, count):
+def slice_of(builder, vector, start, count):
+    """`vector[start : start + count]`."""
     mask = ir.Constant(ir.VectorType(I32, count), list(range(start, start + count)))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
@@ -108,7 +110,7 @@ def load(typingctx, like, source, offset):
     signature = like(like, FLOATS, types.intp)
 
     def codegen(context, builder, sig, args):
-        return builder.load(_at(builder, args[1], args[2], sig.return_type.width), align=4)
+        return builder.load(address_of(builder, args[1], args[2], sig.return_type.width), align=4)
 
     return signature, codegen
 
@@ -119,7 +121,7 @@ def store(typingctx, into, offset, vector):
     signature = types.void(FLOATS, types.intp, vector)
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], _at(builder, args[0], args[1], sig.args[2].width), align=4)
+        builder.store(args[2], address_of(builder, args[0], args[1], sig.args[2].width), align=4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -131,7 +133,7 @@ def splat(typingctx, width, value):
     signature = Vector(width.literal_value)(width, types.float32)
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, sig.return_type.width, args[1])
+        return splatted(builder, sig.return_type.width, args[1])
 
     return signature, codegen
 
@@ -142,7 +144,7 @@ def fill(typingctx, like, value):
     signature = like(like, types.float32)
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, sig.return_type.width, args[1])
+        return splatted(builder, sig.return_type.width, args[1])
 
     return signature, codegen
 
@@ -155,12 +157,12 @@ def horner(typingctx, x, coefficients):
     def codegen(context, builder, sig, args):
         x, packed = args
         rest = [
-            _splat(builder, x.type.count, builder.extract_value(packed, i))
+            splatted(builder, x.type.count, builder.extract_value(packed, i))
             for i in range(len(sig.args[1]))
         ]
         total = rest.pop()
         while rest:
-            total = _call(builder, "fmuladd", [total, x, rest.pop()])
+            total = call(builder, "fmuladd", [total, x, rest.pop()])
         return total
 
     return signature, codegen
@@ -195,13 +197,13 @@ sub = _binary("sub", lambda b, x, y: b.fsub(x, y))
 mul = _binary("mul", lambda b, x, y: b.fmul(x, y))
 div = _binary("div", lambda b, x, y: b.fdiv(x, y))
 maximum = _binary("maximum", lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-fma = _ternary("fma", lambda b, x, y, z: _call(b, "fmuladd", [x, y, z]))
+fma = _ternary("fma", lambda b, x, y, z: call(b, "fmuladd", [x, y, z]))
 
 
 @intrinsic
 def negative_abs(typingctx, a):
     """`-|a|`."""
-    return a(a), _codegen(lambda b, x: b.fneg(_call(b, "fabs", [x])))
+    return a(a), _codegen(lambda b, x: b.fneg(call(b, "fabs", [x])))
 
 
 def _scale_by_power(builder, vector, shifted):
@@ -230,83 +232,31 @@ def greater(typingctx, a, b):
     return types.uint64(a, b), codegen
 
 
+def sum_of(builder, vector):
+    """The sum of a vector's numbers, as a tree."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        vector = builder.fadd(
+            slice_of(builder, vector, 0, half), slice_of(builder, vector, half, half)
+        )
+    return builder.extract_element(vector, I32(0))
+
+
 @intrinsic
 def hsum(typingctx, a):
     """Sum of the numbers of a vector, as a tree."""
-
-    def codegen(context, builder, sig, args):
-        vector = args[0]
-        while vector.type.count > 1:
-            half = vector.type.count // 2
-            vector = builder.fadd(
-                _slice(builder, vector, 0, half), _slice(builder, vector, half, half)
-            )
-        return builder.extract_element(vector, I32(0))
-
-    return types.float32(a), codegen
+    return types.float32(a), _codegen(sum_of)
 
 
-@intrinsic
-def dot_lanes(typingctx, a, b):
-    """Sixteen partial sums of `dot(a, b)`: what is left is one sum over 16 lanes."""
-
-    def codegen(context, builder, sig, args):
-        a, b = args
-        parts = [
-            (_slice(builder, a, i, LANES), _slice(builder, b, i, LANES))
-            for i in range(0, a.type.count, LANES)
-        ]
-        total = builder.fmul(*parts[0])
-        for x, y in parts[1:]:
-            total = _call(builder, "fmuladd", [x, y, total])
-        return total
-
-    return Vector(LANES)(a, b), codegen
-
-
-def _interleaving(block):
-    """Lane numbers (low, high) that pair the halves of blocks of `2 * block` lanes of two vectors.
-
-    The sum of both shuffles holds, in alternating blocks, half-summed lanes of either input.
-    """
+def interleaved(builder, a, b, block):
+    """The halves of blocks of `2 * block` lanes added up: of a and b in turn."""
     low, high = [], []
     for start in range(0, LANES, 2 * block):
         for vector in (0, LANES):
             low += range(vector + start, vector + start + block)
             high += range(vector + start + block, vector + start + 2 * block)
-    return low, high
-
-
-def _rows_in_lane_order():
-    """The order in which rows enter the tree of `sum_rows` so that lane i ends with row i."""
-    rows = [[i] * LANES for i in range(LANES)]
-    for block in (8, 4, 2, 1):
-        low, _ = _interleaving(block)
-        rows = [[(rows[i] + rows[i + 1])[lane] for lane in low] for i in range(0, len(rows), 2)]
-    order = [0] * LANES
-    for lane, entered in enumerate(rows[0]):
-        order[entered] = lane
-    return order
-
-
-@intrinsic
-def sum_rows(typingctx, rows):
-    """The sum of each of 16 vectors of width 16, as one vector: one tree for all."""
-    signature = Vector(LANES)(rows)
-
-    def codegen(context, builder, sig, args):
-        rows = [builder.extract_value(args[0], row) for row in _rows_in_lane_order()]
-        for block in (8, 4, 2, 1):
-            masks = [
-                ir.Constant(ir.VectorType(I32, LANES), lanes) for lanes in _interleaving(block)
-            ]
-            rows = [
-                builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
-                for a, b in zip(rows[::2], rows[1::2], strict=True)
-            ]
-        return rows[0]
-
-    return signature, codegen
+    masks = [ir.Constant(ir.VectorType(I32, LANES), lanes) for lanes in (low, high)]
+    return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
 
 
 @intrinsic
@@ -319,7 +269,7 @@ def transpose_block(typingctx, source, at, step, into, to, to_step):
 
         def address(data, base, stride, i):
             offset = builder.add(base, builder.mul(stride, ir.Constant(base.type, i)))
-            return _at(builder, data, offset)
+            return address_of(builder, data, offset)
 
         rows = [builder.load(address(source, at, step, i), align=4) for i in range(LANES)]
         # Exchange off-diagonal quarters of ever smaller blocks.
