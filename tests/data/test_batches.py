@@ -21,6 +21,7 @@ from xmc.data.batches import (
 )
 from xmc.data.features import fit_features, load_features
 from xmc.data.formats import DataError
+from xmc.data.tokens import Padding
 from xmc.types import Bag, SparseLabels, Tokens
 
 ROWS = [[3, 5], [], [0], [1, 2, 9]]
@@ -88,7 +89,9 @@ def test_wrong_rows_and_sizes_are_refused() -> None:
 
 
 def test_tokens_are_padded_to_the_longest_row() -> None:
-    store = TokenStore(torch.tensor([0, 2, 2, 5]), torch.arange(1, 6, dtype=torch.int32), 99)
+    store = TokenStore(
+        torch.tensor([0, 2, 2, 5]), torch.arange(1, 6, dtype=torch.int32), Padding(99)
+    )
     tokens = store.rows(torch.tensor([2, 1, 0]))
     assert isinstance(tokens, Tokens)
     assert tokens.ids.tolist() == [[3, 4, 5], [99, 99, 99], [1, 2, 99]]

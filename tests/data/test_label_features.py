@@ -11,6 +11,7 @@ import torch
 
 from xmc.data.batches import BagStore, Dataset, TokenStore
 from xmc.data.label_features import label_features
+from xmc.data.tokens import Padding
 from xmc.types import SparseLabels
 
 N, L, V = 60, 17, 40
@@ -93,7 +94,7 @@ def test_token_ids_are_weighted_as_words_are(chunk_entries: int) -> None:
     texts = [[1, *generator.integers(2, V, size).tolist(), 3] for size in (4, 0, 9, 6, 2, 12)]
     labels = SparseLabels.from_lists([[0], [0, 2], [], [2], [1], [1, 2]], 4)
     indptr, ids = csr(texts)
-    data = Dataset(TokenStore(indptr, ids, pad_id=0), labels)
+    data = Dataset(TokenStore(indptr, ids, Padding(0)), labels)
     x = np.zeros((len(texts), V))
     for row, text in enumerate(texts):
         for token, count in Counter(text).items():

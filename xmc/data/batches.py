@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xmc.data.cache import load_array
 from xmc.data.encoded import Features, encode_split
-from xmc.data.tokens import pad_tokens
+from xmc.data.tokens import Padding, pad_tokens
 from xmc.data.vocab import Vocabulary
 from xmc.types import Bag, Batch, SparseLabels, Tokens
 
@@ -50,7 +50,7 @@ class TokenStore:
 
     indptr: Tensor  # [R+1] int64, over the rows of the file
     ids: Tensor  # [nnz] int32
-    pad_id: int
+    padding: Padding
     select: Tensor | None = None  # [N] int64 rows of the file; None: all of them in order
 
     def __len__(self) -> int:
@@ -63,7 +63,12 @@ class TokenStore:
     def rows(self, rows: Tensor) -> Tokens:
         """The tokens of the given rows [B] int64, padded to the longest of them."""
         positions, offsets = _positions(self.indptr, _resolve(self.select, rows))
-        return pad_tokens(self.ids[positions], offsets, self.pad_id)
+        return pad_tokens(self.ids[positions], offsets, self.padding)
+
+    def widths(self, rows: Tensor) -> Tensor:  # [R] int64
+        """How wide a batch is in which the given row [R] int64 is the longest, for each row."""
+        chosen = _resolve(self.select, rows)
+        return self.padding.widths(self.indptr[chosen + 1] - self.indptr[chosen])
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def load_dataset(
         values = load_array(place / "values.npy")
         store = BagStore(indptr, ids, values, features.num_features)
     else:
-        store = TokenStore(indptr, ids, features.pad_id)
+        store = TokenStore(indptr, ids, features.padding)
     labels = _labels(place, "label", encoded.num_labels)
     exclude = _labels(place, "exclude", encoded.num_labels) if encoded.has_filter else None
     return Dataset(store, labels, exclude, encoded.key)
@@ -162,14 +167,14 @@ def train_validation_split(num_rows: int, share: float, seed: int) -> tuple[Tens
         if num_rows < 2:
             raise ValueError(f"expected at least 2 rows to hold out a share, got {num_rows}")
         num_validation = min(num_validation, num_rows - 1)
-    shuffled = torch.randperm(num_rows, generator=_generator(seed, _SPLIT))
+    shuffled = torch.randperm(num_rows, generator=seeded_generator(seed, _SPLIT))
     validation, training = shuffled[:num_validation], shuffled[num_validation:]
     return training.sort().values, validation.sort().values
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:  # [N] int64
     """The rows in the order of one epoch: a permutation that depends on the arguments only."""
-    return torch.randperm(num_rows, generator=_generator(seed, _ORDER, epoch))
+    return torch.randperm(num_rows, generator=seeded_generator(seed, _ORDER, epoch))
 
 
 def epoch_batches(
@@ -190,10 +195,11 @@ def epoch_batches(
         yield order[begin : begin + batch_size]
 
 
-_SPLIT, _ORDER = 0, 1  # so that the split and the epochs of one seed draw from different streams
+# So that the split, the epochs and the steps of one seed draw from different streams.
+_SPLIT, _ORDER, STEP_STREAM = 0, 1, 2
 
 
-def _generator(*key: int) -> torch.Generator:
+def seeded_generator(*key: int) -> torch.Generator:
     """A generator seeded by several integers; near keys give unrelated streams."""
     state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,21 @@ class TokenChunk(NamedTuple):
     ids: np.ndarray  # [nnz] int32
 
 
+@dataclass(frozen=True)
+class Padding:
+    """How rows of tokens become a rectangle."""
+
+    id: int  # of the padding token
+    multiple: int = 1  # widths are multiples of it
+    limit: int | None = None  # a multiple is not padded beyond this width; None: no limit
+
+    def widths(self, counts: torch.Tensor) -> torch.Tensor:  # [R] int64 -> [R] int64
+        """The width of a batch whose longest row has so many tokens: at least 1."""
+        counts = counts.clamp(min=1)
+        wide = (counts + self.multiple - 1) // self.multiple * self.multiple
+        return wide if self.limit is None else torch.maximum(counts, wide.clamp(max=self.limit))
+
+
 class TextTokenizer:
     """A tokenizer with its special tokens, cut at `options.max_length` tokens."""
 
@@ -33,7 +49,11 @@ class TextTokenizer:
         self.options = options
         self._tokenizer = tokenizer
         pad = tokenizer.pad_token_id
-        self.pad_id: int = 0 if pad is None else int(pad)  # masked: any valid id will do
+        self.padding = Padding(
+            id=0 if pad is None else int(pad),  # masked: any valid id will do
+            multiple=options.pad_multiple,
+            limit=options.max_length,
+        )
 
     @classmethod
     def from_pretrained(cls, model: str | Path, options: FeatureConfig) -> TextTokenizer:
@@ -60,7 +80,7 @@ class TextTokenizer:
         counts = np.concatenate([chunk.counts for chunk in chunks] or [np.empty(0, np.int64)])
         ids = np.concatenate([chunk.ids for chunk in chunks] or [np.empty(0, np.int32)])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        return pad_tokens(torch.from_numpy(ids), torch.from_numpy(offsets), self.pad_id)
+        return pad_tokens(torch.from_numpy(ids), torch.from_numpy(offsets), self.padding)
 
     def encode(self, texts: Iterable[str]) -> Iterator[TokenChunk]:
         """The tokens of a stream of texts, 1,024 rows at a time."""
@@ -100,12 +120,12 @@ class TextTokenizer:
 def pad_tokens(
     ids: torch.Tensor,  # [nnz] int32 or int64
     offsets: torch.Tensor,  # [B+1] int64
-    pad_id: int,
+    padding: Padding,
 ) -> Tokens:
-    """Right-pad rows of token ids to the longest row (at least one token wide)."""
+    """Right-pad rows of token ids to the longest row, at least one token wide."""
     counts = offsets[1:] - offsets[:-1]
-    width = max(int(counts.max()) if len(counts) else 0, 1)
-    mask = torch.arange(width) < counts[:, None]
-    padded = torch.full(mask.shape, pad_id, dtype=torch.int64)
+    longest = counts.max() if len(counts) else torch.tensor(0)
+    mask = torch.arange(int(padding.widths(longest))) < counts[:, None]
+    padded = torch.full(mask.shape, padding.id, dtype=torch.int64)
     padded[mask] = ids.long()
     return Tokens(padded, mask.long())
