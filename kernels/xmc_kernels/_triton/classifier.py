@@ -16,11 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmc_kernels._triton.fan_in import input_gradient_buffer
-from xmc_kernels._triton.launch import Launch, batch_major, cdiv, dot_settings, feature_major
+from xmc_kernels._triton import blocks, densify
+from xmc_kernels._triton.launch import (
+    Launch,
+    batch_major,
+    cdiv,
+    dot_settings,
+    feature_major,
+    input_gradient_buffer,
+)
 from xmc_kernels._triton.layers import layer_arguments, pattern_constants
 from xmc_kernels._triton.losses import loss_and_gradient
-from xmc_kernels._triton.positives import Positives, sort_by_label
+from xmc_kernels._triton.positives import Positives, sort_by_label, targets
 from xmc_kernels._triton.products import (
     input_gradient,
     load_inputs,
@@ -29,7 +36,7 @@ from xmc_kernels._triton.products import (
     scores,
     weight_gradient,
 )
-from xmc_kernels._triton.tiles import num_units, strategy, unit_tiles
+from xmc_kernels._triton.tiles import deterministic_programs, num_units, strategy, unit_tiles
 from xmc_kernels._triton.update import apply, constants, keys
 from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, UpdateRule
@@ -141,16 +148,9 @@ def _classifier_step_kernel(
                     _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
                     score += scores(weight, x, DOT_DTYPE, PRECISION)
 
-            # Most labels have no positive in a batch: one number tells.
-            target = tl.zeros((BLOCK_G, BLOCK_B), tl.float32)
-            position = first
-            positive = tl.load(positive_label_ptr + position)
-            while positive < stop:
-                here = offs_b == tl.load(positive_row_ptr + position)
-                target = tl.where((label == positive)[:, None] & here[None, :], 1.0, target)
-                position += 1
-                positive = tl.load(positive_label_ptr + position)
-
+            target, position = targets(
+                positive_label_ptr, positive_row_ptr, first, stop, label, offs_b, BLOCK_G, BLOCK_B
+            )
             value, grad = loss_and_gradient(score, target, LOSS)
             counts = mask_g[:, None] & (offs_b < num_rows)[None, :]
             total += tl.sum(tl.where(counts, value, 0.0), axis=0)
@@ -353,14 +353,16 @@ def classifier_step(
     layer = replace(layer, index=None if layer.index is None else layer.index.contiguous())
     positives = sort_by_label(indptr, indices, layer.num_labels)
     numbers = (loss, rule, lr, step, seed, grad_scale, update)
-    if layer.index is None or (by or strategy(x, layer, deterministic)) == "densify":
-        from xmc_kernels._triton import densify
-
+    by = "densify" if layer.index is None else by or strategy(x, layer, deterministic)
+    if by == "blocks":
+        return blocks.classifier_step(x, layer, positives, state, *numbers, deterministic)
+    if by == "densify":
         return densify.classifier_step(x, layer, positives, state, *numbers)
     tiles = unit_tiles(x.shape[0], layer, x.dtype, fused=True)
     units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
-    d_x_t = input_gradient_buffer(x_t, units, deterministic)
+    parts = deterministic_programs(x_t, units) if deterministic else 0
+    d_x_t = input_gradient_buffer(x_t, parts)
     launch, loss_parts = step_launch(x_t, layer, positives, d_x_t, state, *numbers, x.shape[0])
     launch.run()
     value = loss_parts.sum(dtype=torch.float64).to(torch.float32)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xmc_kernels._triton import classifier, densify, fan_in, topk
+from xmc_kernels._triton import blocks, classifier, densify, fan_in, topk
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.positives import Positives
@@ -31,7 +31,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @functools.cache
 def configurations() -> tuple[tuple[str, Launch], ...]:
     """(name, launch), names distinct; `G16 bf16 B128 F64` are group, dtype, rows and fan-in."""
-    return (*_layers(), *_steps(), *_densified(), *_topk())
+    return (*_layers(), *_steps(), *_densified(), *_blocks(), *_topk())
 
 
 def _layer(
@@ -128,6 +128,42 @@ def _densified() -> Iterator[tuple[str, Launch]]:
         numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True)
         launch = densify.update_launch(_empty(labels, _FEATURES), layer, memory, *numbers)
         yield f"update {kind} {_title(layer, 'bf16', rows)}", launch
+
+
+def _blocks() -> Iterator[tuple[str, Launch]]:
+    start, stop = 65536, 131072
+    pairs = Positives(_empty(641, dtype=torch.int32), _empty(641, dtype=torch.int32))
+    for name, rows, pattern, group, loss, kind, form in (
+        ("bf16", 128, (4, 8), 1, "bce", "sgd", "atomic"),
+        ("bf16", 128, (4, 8), 16, "bce", "adamw", "deterministic"),
+        ("bf16", 512, (2, 16), 1, "squared_hinge", "adamw", "atomic"),
+        ("bf16", 32, (2, 4), 1, "bce", "momentum", "atomic"),
+        ("bf16", 128, (4, 32), 1, "bce", "", "deterministic"),
+        ("bf16", 128, (3, 8), 1, "bce", "adagrad", "atomic"),
+        ("bf16", 128, (16, 32), 1, "bce", "adamw", "atomic"),
+        ("fp16", 128, (4, 8), 1, "bce", "adamw", "atomic"),
+        ("fp32", 64, (4, 8), 1, "bce", "adamw", "atomic"),
+        ("fp32", 512, (4, 32), 16, "squared_hinge", "adagrad", "deterministic"),
+    ):
+        dtype = _DTYPES[name]
+        layer = _layer(group, dtype, 0, pattern)
+        x_t, out = _empty(_FEATURES, rows, dtype=dtype), _empty(rows, _LABELS, dtype=dtype)
+        title = _title(layer, name, rows)
+        yield f"blocks forward {title}", blocks.forward_launch(x_t, layer, out, rows)
+        d_weight = torch.empty_like(layer.weight)
+        yield f"blocks d_weight {title}", blocks.weight_launch(out, x_t, layer, d_weight, rows)
+        common = (rows, start, stop)
+        grad = _empty(rows, stop - start, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
+        sums = (_empty(4, stop - start), _empty(4096), loss, 0.01)
+        units = _empty(1024, dtype=torch.int64)
+        launch = blocks.forward_launch(x_t, layer, grad, *(*common, pairs, units, *sums))
+        yield f"blocks {loss} {title}", launch
+        d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
+        yield f"blocks d_x {form} {title}", blocks.input_launch(grad, x_t, layer, d_x_t, *common)
+        rule, state = _rule(kind, layer)
+        numbers = (state, rule, constants(rule, 0.1, 1), 12345, kind != "")
+        launch = blocks.weight_launch(grad, x_t, layer, None, *(*common, *numbers))
+        yield f"blocks {kind or 'accumulate'} {title}", launch
 
 
 def _topk() -> Iterator[tuple[str, Launch]]:

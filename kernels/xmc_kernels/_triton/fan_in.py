@@ -8,17 +8,21 @@ fixed order under `torch.use_deterministic_algorithms(True)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from xmc_kernels._triton import blocks
 from xmc_kernels._triton.launch import (
     Launch,
     batch_major,
     cdiv,
     dot_settings,
     feature_major,
+    input_gradient_buffer,
     power_of_2,
 )
 from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
@@ -30,7 +34,13 @@ from xmc_kernels._triton.products import (
     scores,
     weight_gradient,
 )
-from xmc_kernels._triton.tiles import deterministic_programs, num_units, unit_tiles
+from xmc_kernels._triton.tiles import (
+    block_tiles,
+    deterministic_programs,
+    layer_strategy,
+    num_units,
+    unit_tiles,
+)
 from xmc_kernels.layer import Layer
 
 
@@ -246,28 +256,29 @@ def backward_launch(
     return Launch(_fan_in_bwd_kernel, grid, arguments, constants, tiles.num_warps)
 
 
-def input_gradient_buffer(x_t: Tensor, units: int, deterministic: bool) -> Tensor:
-    """Zeros to add d_x_t to: [D, width], or a part per program where deterministic."""
-    shape: tuple[int, ...] = tuple(x_t.shape)
-    if deterministic:
-        shape = (deterministic_programs(x_t, units), *shape)
-    return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
+def scorer(x: Tensor, layer: Layer, by: str | None = None) -> Callable[[Layer, Tensor], None]:
+    """`write(part, out)`: scores of a part of the layer (whole groups) into out [B, its labels].
+
+    `by` is the strategy of `tiles.py` unless given.
+    """
+    in_blocks = (by or layer_strategy(layer)) == "blocks"
+    tiles = (block_tiles if in_blocks else unit_tiles)(len(x), layer, x.dtype)
+    x_t = feature_major(x, tiles.block_b)
+
+    def write(part: Layer, out: Tensor) -> None:
+        launch = blocks.forward_launch if in_blocks else forward_launch
+        launch(x_t, part, out, len(x)).run()
+
+    return write
 
 
-def fan_in_linear(x: Tensor, layer: Layer) -> Tensor:  # [B, D] -> [B, L]
-    """`x @ dense(layer).T + bias` in x's dtype."""
+def fan_in_linear(x: Tensor, layer: Layer, *, by: str | None = None) -> Tensor:
+    """`x @ dense(layer).T + bias` [B, L], in x's dtype."""
     out = x.new_empty(x.shape[0], layer.num_labels)
     if x.shape[0] > 0:
-        scores_into(out, x, layer)
+        layer = layer.contiguous()
+        scorer(x, layer, by)(layer, out)
     return out
-
-
-def scores_into(out: Tensor, x: Tensor, layer: Layer) -> None:
-    """Write the scores of every label to out [B, L]."""
-    layer = layer.contiguous()
-    tiles = unit_tiles(x.shape[0], layer, x.dtype)
-    x_t = feature_major(x, tiles.block_b)
-    forward_launch(x_t, layer, out, x.shape[0]).run()
 
 
 def fan_in_linear_backward(
@@ -275,17 +286,25 @@ def fan_in_linear_backward(
     x: Tensor,  # [B, D]
     layer: Layer,
     deterministic: bool | None = None,
+    *,
+    by: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, D], [L, F]
-    """Gradients in x and weight; `deterministic` is torch's setting unless given."""
-    layer = layer.contiguous()
+    """Gradients in x and weight.
+
+    `deterministic` is torch's setting and `by` the strategy of `tiles.py` unless given.
+    """
+    layer, grad = layer.contiguous(), grad.contiguous()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(layer.weight)
+    if (by or layer_strategy(layer)) == "blocks":
+        return blocks.backward(grad, x, layer, deterministic)
     tiles = unit_tiles(x.shape[0], layer, x.dtype)
     units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
-    d_x_t = input_gradient_buffer(x_t, units, deterministic)
+    parts = deterministic_programs(x_t, units) if deterministic else 0
+    d_x_t = input_gradient_buffer(x_t, parts)
     d_weight = torch.empty_like(layer.weight)
-    backward_launch(grad.contiguous(), x_t, layer, d_x_t, d_weight, x.shape[0]).run()
+    backward_launch(grad, x_t, layer, d_x_t, d_weight, x.shape[0]).run()
     return batch_major(d_x_t, x.shape[0], x.dtype), d_weight

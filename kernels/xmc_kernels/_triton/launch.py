@@ -69,6 +69,12 @@ def batch_major(x_t: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     return x_t[:, :num_rows].T.to(dtype, memory_format=torch.contiguous_format)
 
 
+def input_gradient_buffer(x_t: Tensor, parts: int) -> Tensor:
+    """Zeros to add d_x_t to: [D, width], or [parts, D, width] where parts is not 0."""
+    shape = (parts, *x_t.shape) if parts else tuple(x_t.shape)
+    return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
+
+
 def dot_settings(x: Tensor, weight: Tensor) -> dict[str, Any]:
     """How tensor cores multiply these: DOT_DTYPE and PRECISION of the kernels.
 

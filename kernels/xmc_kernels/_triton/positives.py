@@ -1,10 +1,12 @@
-"""Positives of a batch ordered by label, as kernels meet them."""
+"""Positives of a batch ordered by label, and what kernels make of them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -27,3 +29,29 @@ def sort_by_label(indptr: Tensor, indices: Tensor, num_labels: int) -> Positives
     labels, order = indices.sort(stable=True)
     end = torch.tensor([num_labels], dtype=torch.int32, device=device)
     return Positives(torch.cat([labels, end]), torch.cat([rows[order], end]))
+
+
+@triton.jit
+def targets(
+    positive_label_ptr,
+    positive_row_ptr,
+    position,
+    stop,
+    label,
+    offs_b,
+    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """[BLOCK_L, BLOCK_B] of zeros and ones, and the position of the first pair from stop on.
+
+    `position` is that of the first pair of these labels or higher ones. Most labels have no
+    positive in a batch: one number tells.
+    """
+    target = tl.zeros((BLOCK_L, BLOCK_B), tl.float32)
+    positive = tl.load(positive_label_ptr + position)
+    while positive < stop:
+        here = offs_b == tl.load(positive_row_ptr + position)
+        target = tl.where((label == positive)[:, None] & here[None, :], 1.0, target)
+        position += 1
+        positive = tl.load(positive_label_ptr + position)
+    return target, position

@@ -49,6 +49,27 @@ class Table:
     """
 
 
+@dataclass(frozen=True)
+class BlockTiles:
+    """Compile-time sizes of the kernels of `blocks.py`."""
+
+    block_l: int
+    """Labels, a power of two from 16, as are the others."""
+    block_d: int
+    """Features, at least the largest m of a pattern."""
+    block_b: int
+    walk: int
+    """Blocks of labels that a program goes through for d_x or the weights."""
+    num_warps: int
+
+
+BLOCK_TILES = {
+    # float32 operands: largest sizes that compile without spills (aot.py), not timed
+    False: BlockTiles(block_l=64, block_d=64, block_b=128, walk=16, num_warps=8),
+    True: BlockTiles(block_l=32, block_d=32, block_b=64, walk=16, num_warps=8),
+}
+
+
 # scripts/bench/tune_tiles.py rewrites what stands between the next line and "tuned: end".
 # tuned: begin
 TABLES: dict[str, Table] = {
@@ -67,12 +88,12 @@ TABLES: dict[str, Table] = {
         strategies={
             (False, False, False): ((1, "walk"),),
             (False, False, True): ((1, "walk"), (32, "densify")),
-            (False, True, False): ((1, "walk"),),
-            (False, True, True): ((1, "walk"), (32, "densify")),
+            (False, True, False): ((1, "blocks"),),
+            (False, True, True): ((1, "blocks"),),
             (True, False, False): ((1, "walk"),),
             (True, False, True): ((1, "walk"),),
-            (True, True, False): ((1, "walk"),),
-            (True, True, True): ((1, "walk"),),
+            (True, True, False): ((1, "blocks"),),
+            (True, True, True): ((1, "blocks"),),
         },
     ),
 }
@@ -116,6 +137,16 @@ def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool =
     return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
 
 
+def block_tiles(num_rows: int, layer: Layer, dtype: torch.dtype) -> BlockTiles:
+    """Tiles of `blocks.py`, cut to the shape; `dtype` is that of x."""
+    assert layer.pattern is not None
+    most = BLOCK_TILES[torch.float32 in (dtype, layer.weight.dtype)]
+    block_b = min(max(16, power_of_2(num_rows)), most.block_b)
+    # With fewer than four blocks of inputs threads hold copies of the same weights.
+    block_l = most.block_l if most.block_d >= 4 * layer.pattern[1] else min(32, most.block_l)
+    return replace(most, block_l=block_l, block_b=block_b)
+
+
 def num_units(num_labels: int, group: int, block_g: int) -> int:
     """How many units a layer has; a large group is cut into several."""
     return num_labels // group * cdiv(group, block_g)
@@ -147,18 +178,32 @@ def score_labels(x: Tensor, num_labels: int, group: int) -> int:
     return min(max(1, most) * unit, num_labels)
 
 
+def gradient_labels(num_rows: int, layer: Layer, itemsize: int, block_l: int) -> int:
+    """Labels whose loss gradient [B, labels] fits SCRATCH_BYTES: a multiple of block_l, or all."""
+    most = SCRATCH_BYTES // max(1, num_rows * itemsize) // block_l
+    return min(max(1, most) * block_l, layer.num_labels)
+
+
+def layer_strategy(layer: Layer) -> str:
+    """How a layer goes forward and backward: "blocks" with a pattern, else unit by unit."""
+    return "walk" if layer.pattern is None else "blocks"
+
+
 def strategy(x: Tensor, layer: Layer, deterministic: bool) -> str:
-    """How to train: "walk" unit by unit, or "densify" label tiles for torch's matrix products.
+    """How to train: "walk" unit by unit, "densify" label tiles for torch's products, or "blocks".
 
     The default table is counted, not measured: one scattered float32 atomic per multiply-add bounds
     the walk with one label per index row, while at F/D = 1/12 the densified tile costs 12 times the
     operations at 50 times the rate, and no atomics. Without bfloat16 on both sides, or for a few
     rows, the matrix units do not pay; labels that share an index use them in the walk.
-    Deterministic steps walk: the order inside a library's product is its own affair.
+    A pattern's pieces of the dense matrix ("blocks") cost D/F times the operations, again on matrix
+    units, and neither gathers nor scattered atomics. Deterministic steps do not densify: the order
+    inside a library's product is its own affair.
     """
-    if deterministic:
-        return "walk"
     both = x.dtype == layer.weight.dtype == torch.bfloat16
     key = (layer.group > 1, layer.pattern is not None, both)
     steps = table(layer.weight.device).strategies[key]
-    return [name for rows, name in steps if rows <= max(1, len(x))][-1]
+    chosen = [name for rows, name in steps if rows <= max(1, len(x))][-1]
+    if deterministic and chosen == "densify":
+        return layer_strategy(layer)
+    return chosen

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from xmc_kernels._reference.topk import from_key, order_key
 from xmc_kernels._triton.densify import product, product_dtype
-from xmc_kernels._triton.fan_in import forward_launch
-from xmc_kernels._triton.launch import Launch, cdiv, feature_major, power_of_2
+from xmc_kernels._triton.fan_in import scorer
+from xmc_kernels._triton.launch import Launch, cdiv, power_of_2
 from xmc_kernels._triton.layers import label_range
-from xmc_kernels._triton.tiles import score_labels, unit_tiles
+from xmc_kernels._triton.tiles import score_labels
 from xmc_kernels.layer import Layer
 
 NOTHING = torch.iinfo(torch.int64).min
@@ -130,11 +130,11 @@ def _scorer(x: Tensor, layer: Layer) -> Callable[[int, int], Tensor]:
             return scores if bias is None else scores.add_(bias[start:stop])
 
         return dense
-    x_t = feature_major(x, unit_tiles(len(x), layer, x.dtype).block_b)
+    write = scorer(x, layer)
 
     def sparse(start: int, stop: int) -> Tensor:
         scores = torch.empty(len(x), stop - start, device=x.device)
-        forward_launch(x_t, label_range(layer, start, stop), scores, len(x)).run()
+        write(label_range(layer, start, stop), scores)
         return scores
 
     return sparse

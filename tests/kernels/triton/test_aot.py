@@ -28,9 +28,11 @@ def check(rows: list[dict]) -> None:
         assert row["spilled_bytes"] == 0, row
         assert row["shared_bytes"] <= SHARED_LIMIT[row["architecture"]], row
         assert 0 < row["registers"] <= 255, row
-        # Products of labels that share an index run on tensor cores.
-        shared = " G16 " in row["config"] or " G64 " in row["config"]
-        assert (row["tensor_cores"] != "") == shared, row
+        # Products of labels that share an index, or a pattern's blocks, run on tensor cores.
+        products = row["kernel"].startswith("_blocks") or any(
+            group in row["config"] for group in (" G16 ", " G64 ")
+        )
+        assert (row["tensor_cores"] != "") == products, row
 
 
 def test_kernels_in_bfloat16_fit_an_h100(tmp_path) -> None:
