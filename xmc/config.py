@@ -69,6 +69,12 @@ class EncoderConfig:
     """mean over real tokens, or the first token."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Arithmetic inside the transformer."""
+    intermediate: NonNegative = 0
+    """P: outputs of a linear layer between the representation and the classifier; 0: none. Large
+    (4096) it gives few labels with a long tail more to choose from; small, under a dense head, it
+    is the bottleneck: P = 1.5 * fan_in costs a label the bytes of a sparse one."""
+    activation: Literal["none", "relu", "gelu"] = "none"
+    """After the intermediate layer."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -228,11 +234,18 @@ class Config:
                 f'features.kind: a {self.encoder.kind} encoder reads "{wanted}", '
                 f'got "{self.features.kind}"'
             )
-        sparse_bag = self.encoder.kind == "bag" and self.head.kind == "sparse"
-        if sparse_bag and self.head.fan_in > self.encoder.dim:
+        if self.encoder.activation != "none" and not self.encoder.intermediate:
             raise ValueError(
-                f"head.fan_in: expected at most encoder.dim = {self.encoder.dim}, "
-                f"got {self.head.fan_in}"
+                f'encoder.activation: "{self.encoder.activation}" needs encoder.intermediate, got 0'
+            )
+        name, width = "dim", self.encoder.dim
+        if self.encoder.intermediate:
+            name, width = "intermediate", self.encoder.intermediate
+        elif self.encoder.kind == "transformer":
+            width = self.head.fan_in  # its hidden size is not known here
+        if self.head.kind == "sparse" and self.head.fan_in > width:
+            raise ValueError(
+                f"head.fan_in: expected at most encoder.{name} = {width}, got {self.head.fan_in}"
             )
         if self.rewire.method != "static" and self.head.kind == "dense":
             raise ValueError(

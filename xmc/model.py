@@ -43,12 +43,14 @@ class XMCModel(nn.Module):
         labels: list[str],
         encoder: BagEncoder | TransformerEncoder,
         head: ClassifierHead,
+        intermediate: nn.Module | None = None,  # between encoder and head; None: nothing
     ) -> None:
         super().__init__()
         self.config = config
         self.features = features
         self.labels = labels
         self.encoder = encoder
+        self.intermediate = nn.Identity() if intermediate is None else intermediate
         self.head = head
         self.folder: Path | None = None  # where it was loaded from
 
@@ -58,7 +60,7 @@ class XMCModel(nn.Module):
         training = self.encoder.training
         self.encoder.eval()
         try:
-            return self.head.topk(self.encoder(inputs), k, exclude)
+            return self.head.topk(self.intermediate(self.encoder(inputs)), k, exclude)
         finally:
             self.encoder.train(training)
 
@@ -72,6 +74,11 @@ class XMCModel(nn.Module):
             return TopK(best.scores.cpu(), best.labels.cpu())
 
         return topk
+
+    @property
+    def body(self) -> nn.Module:
+        """All below the head, what autograd and the encoder's optimizer train."""
+        return nn.ModuleList([self.encoder, self.intermediate])
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor of encoder and head by name, sharing storage with the model."""
@@ -91,14 +98,15 @@ def build_model(
 ) -> XMCModel:
     """A fresh model with weights drawn from torch's global generator."""
     encoder = _build_encoder(config, features, config.encoder.model)
+    intermediate, width = _build_intermediate(config, encoder.out_features)
     head = ClassifierHead.from_config(
-        encoder.out_features,
+        width,
         len(labels),
         config.head,
         config.classifier_optimizer,
         label_shares=label_shares,
     )
-    return XMCModel(config, features, labels, encoder, head)
+    return XMCModel(config, features, labels, encoder, head, intermediate)
 
 
 def save_model(model: XMCModel, folder: Path) -> None:
@@ -136,10 +144,11 @@ def load_model(folder: Path) -> XMCModel:
     with nullcontext() if config.encoder.kind == "transformer" else torch.device("meta"):
         encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
     with torch.device("meta"):
+        intermediate, width = _build_intermediate(config, encoder.out_features)
         head = ClassifierHead.from_config(
-            encoder.out_features, len(labels), config.head, config.classifier_optimizer
+            width, len(labels), config.head, config.classifier_optimizer
         )
-    model = XMCModel(config, features, labels, encoder, head)
+    model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
     try:
         with safe_open(path, framework="pt") as handle:
@@ -162,6 +171,16 @@ def _build_encoder(
         return BagEncoder(features.num_features, options.dim, options.dropout)
     make = TransformerEncoder.from_config if from_config else TransformerEncoder
     return make(source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast)
+
+
+def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | None, int]:
+    """The layer between encoder and head, if there is one, and how many features the head gets."""
+    options = config.encoder
+    if not options.intermediate:
+        return None, in_features
+    activations = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
+    linear = nn.Linear(in_features, options.intermediate)
+    return nn.Sequential(linear, activations[options.activation]()), options.intermediate
 
 
 def _read_record(path: Path) -> dict[str, Any]:

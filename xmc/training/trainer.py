@@ -7,7 +7,7 @@ import math
 import operator
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from xmc.config import Config
 from xmc.data.batches import Dataset, epoch_batches, epoch_order
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
-from xmc.heads.head import Head
+from xmc.heads.head import Head, HeadResult
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
 from xmc.nn.fan_in import FixedFanInLinear
@@ -75,7 +75,7 @@ class Trainer:
         self.validation_set = validation_set
         self.run = run
         self.device = next(model.encoder.parameters()).device
-        self.optimizer = make_encoder_optimizer(model.encoder, config)
+        self.optimizer = make_encoder_optimizer(model.body, config)
         options = config.train
         model.head.seed = options.seed
         self.rows_per_step = options.batch_size * options.accumulation
@@ -179,24 +179,25 @@ class Trainer:
         chunks = rows.split(config.train.batch_size)
         for position, chunk in enumerate(chunks, start=1):
             batch = self.train_set.batch(chunk).to(self.device)
-            reps = self.model.encoder(batch.inputs)
+            pooled = self.model.encoder(batch.inputs)
+            reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
             if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
                 self._step_reps.append(reps.detach())
+            inputs = (reps, pooled)  # of the classifier and of the auxiliary head
             results = [
                 part.loss_and_grad(
-                    reps.detach(),
+                    x.detach(),
                     batch.labels,
                     num_rows=len(rows),
                     update=position == len(chunks),
                     weight=weight,
                 )
-                for part, weight in heads
+                for (part, weight), x in zip(heads, inputs, strict=False)
             ]
             if meter is not None:
-                meter.add(results)
-            result = functools.reduce(operator.add, results)
-            reps.backward(result.d_reps)
-            loss += float(result.loss)
+                meter.add([pulled_back(results[0], reps, pooled), *results[1:]])
+            backward(inputs, [result.d_reps for result in results])
+            loss += float(sum(result.loss for result in results))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr "
@@ -204,7 +205,7 @@ class Trainer:
             )
         norm = 0.0
         if measure or config.train.clip_norm:
-            norm = clip_gradient_(self.model.encoder, config.train.clip_norm)
+            norm = clip_gradient_(self.model.body, config.train.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -359,6 +360,24 @@ def make_encoder_optimizer(encoder: nn.Module, config: Config) -> LazyAdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return LazyAdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+def backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """One pass through everything below the heads' inputs, given the gradient of each head.
+
+    The inputs are what each head read, [B, D] each, perhaps the same tensor.
+    """
+    if len(gradients) > 1 and inputs[0] is inputs[1]:
+        gradients = [functools.reduce(operator.add, gradients)]
+    torch.autograd.backward(list(inputs[: len(gradients)]), list(gradients))
+
+
+def pulled_back(result: HeadResult, reps: Tensor, pooled: Tensor) -> HeadResult:
+    """A result on `reps` with its gradient in `pooled`, from which they were made."""
+    if reps is pooled:
+        return result
+    (d_pooled,) = torch.autograd.grad(reps, pooled, result.d_reps, retain_graph=True)
+    return HeadResult(result.loss, d_pooled)
 
 
 def make_slot_ages(layer: nn.Module, config: Config) -> SlotAges | None:
