@@ -51,6 +51,9 @@ class FeatureConfig:
     """Size of the hashed feature space, as a power of two."""
     max_length: Positive = 128
     """Longest token sequence of a transformer, special tokens included."""
+    pad_multiple: Positive = 1
+    """Batches of tokens are padded to their longest row and on to a multiple of this, but not past
+    max_length; 8 suits the matrix units of GPUs, and gives torch.compile fewer shapes."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -190,6 +193,12 @@ class TrainConfig:
     """Examples per encoder pass."""
     accumulation: Positive = 1
     """Encoder passes per optimizer step; the batch of a step is batch_size * accumulation."""
+    max_tokens: NonNegative = 0
+    """Tokens per encoder pass, padding included: a pass takes as many rows of the step as fit,
+    however many passes that makes; the batch of a step stays. 0: batch_size rows a pass."""
+    length_pool: NonNegative = 0
+    """Optimizer steps whose rows are sorted by length together, so that a transformer's batches
+    need little padding; the steps of a pool are shuffled. 0: rows of a step are drawn at random."""
     warmup_steps: NonNegative = 200
     """Optimizer steps of linear warm-up, before the decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -233,6 +242,15 @@ class Config:
             raise ValueError(
                 f'features.kind: a {self.encoder.kind} encoder reads "{wanted}", '
                 f'got "{self.features.kind}"'
+            )
+        if self.encoder.kind == "bag":
+            for key in ("max_tokens", "length_pool"):
+                if value := getattr(self.train, key):
+                    raise ValueError(f"train.{key}: a bag encoder pads nothing, got {value}")
+        if 0 < self.train.max_tokens < self.features.max_length:
+            raise ValueError(
+                f"train.max_tokens: expected at least features.max_length = "
+                f"{self.features.max_length}, got {self.train.max_tokens}"
             )
         if self.encoder.activation != "none" and not self.encoder.intermediate:
             raise ValueError(

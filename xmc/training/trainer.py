@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
-from xmc.data.batches import Dataset, epoch_batches, epoch_order
+from xmc.data.batches import Dataset
+from xmc.data.steps import epoch_steps
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.head import Head, HeadResult
@@ -109,11 +110,11 @@ class Trainer:
 
     def _epoch(self, log: RunLog, progress: TrainingProgress) -> None:
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        order = epoch_order(len(self.train_set), self.config.train.seed, epoch)
         self.model.train()
-        for rows in epoch_batches(order, self.rows_per_step, start=done):
+        for chunks in epoch_steps(self.train_set, self.config.train, epoch, start=done):
             started = time.perf_counter()
-            loss, grad_norm, parts = self._optimizer_step(rows, measure=self._logs(self.step + 1))
+            rows = torch.cat(chunks)
+            loss, grad_norm, parts = self._optimizer_step(chunks, measure=self._logs(self.step + 1))
             rewired = self._rewire(rows)
             seconds = time.perf_counter() - started
             self.seconds += seconds
@@ -149,9 +150,9 @@ class Trainer:
         return step % _LOG_EVERY == 0 or step == self.total_steps
 
     def _optimizer_step(
-        self, rows: Tensor, *, measure: bool
+        self, chunks: list[Tensor], *, measure: bool
     ) -> tuple[float, float, dict[str, float]]:
-        """One step on the examples `rows` [R]; returns the mean loss, the encoder's norm and parts.
+        """One step on chunks of row ids [R]; returns the mean loss, the encoder's norm and parts.
 
         The norm costs a pass over the gradient: 0 where nobody measures or clips it. The parts of
         the loss, for the log, are empty where nobody measures or where there is only one.
@@ -176,7 +177,7 @@ class Trainer:
             heads = [(head, 1 - share), (self.auxiliary, share)]
             meter = PartMeter(share) if measure else None
         loss = 0.0
-        chunks = rows.split(config.train.batch_size)
+        num_rows = sum(map(len, chunks))
         for position, chunk in enumerate(chunks, start=1):
             batch = self.train_set.batch(chunk).to(self.device)
             pooled = self.model.encoder(batch.inputs)
@@ -188,7 +189,7 @@ class Trainer:
                 part.loss_and_grad(
                     x.detach(),
                     batch.labels,
-                    num_rows=len(rows),
+                    num_rows=num_rows,
                     update=position == len(chunks),
                     weight=weight,
                 )
