@@ -288,3 +288,29 @@ def test_dense_variants_stop_where_they_grow_too_large(bench):
     fits = bench.classifier_baselines.dense_fits
     assert fits(shape, torch.float32, 1) and not fits(shape, torch.float32, 0.7)
     assert fits(shape, torch.bfloat16, 0.7)
+
+
+def test_only_names_what_is_timed(tmp_path):
+    output = tmp_path / "lines.jsonl"
+    only = ("--quick", "--device", "cpu", "--threads", 1, "--output", output, "--only")
+    run(*only, "forward, sparse G1 float32")
+    (line,) = map(json.loads, output.read_text().splitlines())
+    assert (line["operation"], line["what"]) == ("forward", "sparse G1 float32")
+    text = run(*only, "a typo", expected=1)
+    assert "expected --only to name a job that is compiled here, got 'a typo'" in text
+
+
+def test_gpu_check_goes_on_after_a_failure_and_fails(tmp_path):
+    command = ["scripts/gpu_check", "--device", "cpu", "--quick", "--sweep", "nothing"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "invalid choice: 'nothing'" in (tmp_path / "classifier.txt").read_text()
+    assert "== table" in done.stdout
+    assert "gpu_check: failed: classifier table" in done.stderr

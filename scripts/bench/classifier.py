@@ -28,8 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classifier_baselines import dense_fits, dense_jobs, torch_sparse_jobs
-from classifier_jobs import OPERATIONS, Inputs, Shape, Variant, make_layer, sparse_jobs, variants
+from classifier_baselines import TORCH_SPARSE, dense_fits, dense_jobs, torch_sparse_jobs
+from classifier_jobs import (
+    OPERATIONS,
+    Inputs,
+    Shape,
+    Variant,
+    dtype_name,
+    make_layer,
+    sparse_jobs,
+    variants,
+)
 from classifier_report import plot_sweeps, read_records, show, tables
 from provenance import RESULTS, append, provenance
 from timing import Job, copy_job, time_jobs
@@ -93,16 +102,23 @@ def sweep_points(sweep: str, *, quick: bool = False) -> list[Point]:
 
 
 def make_jobs(point: Point, options: argparse.Namespace) -> Iterator[Job]:
-    """Every job of a point, weights and inputs made."""
+    """The jobs of a point, weights and inputs made; none of variants that `--only` leaves out."""
     shape, device = point.shape, options.device
     inputs = Inputs(shape, device)
+
+    def wanted(name: str) -> bool:
+        return any(options.only in f"{operation}, {name}" for operation in point.operations)
+
     yield copy_job(options.copy_bytes, device)
     for variant in variants(shape, extras=point.extras):
-        yield from sparse_jobs(inputs, variant, device, point.operations)
-    if point.extras:
+        if wanted(variant.name):
+            yield from sparse_jobs(inputs, variant, device, point.operations)
+    if point.extras and any(map(wanted, TORCH_SPARSE)):
         yield from torch_sparse_jobs(inputs, make_layer(shape, Variant(), device), device)
     for dtype in (torch.float32, torch.bfloat16):
-        if point.dense and dense_fits(shape, dtype, options.dense_gib):
+        names = (f"dense {dtype_name(dtype)}", f"dense compiled {dtype_name(dtype)}")
+        fits = dense_fits(shape, dtype, options.dense_gib)
+        if point.dense and fits and any(map(wanted, names)):
             compiled = point.extras and not options.quick
             yield from dense_jobs(inputs, dtype, device, point.operations, compiled=compiled)
 
@@ -112,7 +128,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Time all jobs of a point; writes and returns its records, and our own failures."""
     torch.manual_seed(0)
-    jobs: list[Job] = []
+    jobs: list[Job] = []  # the memory copy first
     left_out: dict[str, None] = {}
     for job in make_jobs(point, options):
         name = f"{job.operation}, {job.what}"
@@ -122,13 +138,15 @@ def measure(
             left_out[job.what] = None
             continue
         jobs.append(job)
+    if left_out:
+        print("  not compiled, left out without --reference: " + ", ".join(left_out))
+    if len(jobs) == 1:
+        return [], []
     limits = {"seconds": options.seconds, "repeats": options.repeats}
     records, failures = time_jobs(jobs, options.device, **limits)
     records = [record | about for record in records if record["operation"] != "copy"]
     append(options.output, records)
-    show(point.shape, records)
-    if left_out:
-        print("  not compiled, left out without --reference: " + ", ".join(left_out))
+    show(point.shape, records, about)
     return records, failures
 
 
@@ -160,6 +178,8 @@ def main() -> None:
         records += more
         failures += failed
         gc.collect()
+    if not records:
+        sys.exit(f"expected --only to name a job that is compiled here, got {options.only!r}")
     if options.plot:
         plot_sweeps(records, base, options.output)
     if failures:

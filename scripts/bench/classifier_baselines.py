@@ -24,6 +24,8 @@ from torch import Tensor
 
 from xmc_kernels.layer import Layer
 
+TORCH_SPARSE = ("F.embedding_bag float32", "torch CSR float32", "torch 2:4 bfloat16")
+"""Names of `torch_sparse_jobs`."""
 _TILE = 131_072  # labels of a dense tile, so that [B, L] stays small here too
 
 
@@ -38,7 +40,7 @@ def torch_sparse_jobs(inputs: Inputs, layer: Layer, device: str) -> Iterator[Job
     about = asdict(shape) | {"G": 1, "dtype": "float32", "backend": "torch"}
     yield Job(
         "forward",
-        "F.embedding_bag float32",
+        TORCH_SPARSE[0],
         lambda number: F.embedding_bag(
             index,
             inputs.x(number, torch.float32).t().contiguous(),
@@ -57,7 +59,7 @@ def torch_sparse_jobs(inputs: Inputs, layer: Layer, device: str) -> Iterator[Job
         )
     yield Job(
         "forward",
-        "torch CSR float32",
+        TORCH_SPARSE[1],
         lambda number: matrix @ inputs.x(number, torch.float32).t(),
         about,
         2 * macs,
@@ -86,7 +88,7 @@ def _semi_structured_job(inputs: Inputs, device: str) -> Job:
     # Half the weights, and two bits for the place of each.
     state = shape.L * shape.D // 2 * 2 + shape.L * shape.D // 8
     flops = 2.0 * shape.B * shape.L * shape.D / 2
-    return Job("forward", "torch 2:4 bfloat16", forward, about, flops, state)
+    return Job("forward", TORCH_SPARSE[2], forward, about, flops, state)
 
 
 def dense_step(

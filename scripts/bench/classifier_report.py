@@ -51,9 +51,10 @@ def at(record: Record, shape: Shape, free: str = "") -> bool:
     return all(value for name, value in fits.items() if name != free)
 
 
-def show(shape: Shape, records: Sequence[Record]) -> None:
+def show(shape: Shape, records: Sequence[Record], about: Record) -> None:
     """Print one shape's lines."""
-    print(f"L={shape.L:,} D={shape.D} F={shape.F} B={shape.B}, {records[0]['device']}"[:100])
+    place = f"{about['device']}, {about['threads']} threads"
+    print(f"L={shape.L:,} D={shape.D} F={shape.F} B={shape.B}, {place}")
     columns = ("median", "p20", "p80", "GFLOP/s", "% copy", "extra MB")
     print(f"  {'':44s}" + "".join(f"{name:>10s}" for name in columns))
     for r in records:
