@@ -73,7 +73,7 @@ def rows(table: tiles.Table) -> list[Row]:
         if key[1]:
             sizes |= {"block_g": (16, 32, 64), "walk": (2, 4, 16)}
         found.append(Row("tiles", key, sizes))
-    for key in getattr(table, "blocks", {}):
+    for key in table.blocks:
         sizes = {**common, "block_l": (16, 32, 64, 128), "block_d": (32, 64, 128)}
         found.append(Row("blocks", key, {**sizes, "walk": (4, 16, 64)}))
     return found

@@ -35,21 +35,6 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Table:
-    """What one architecture runs with."""
-
-    source: str
-    """Date, device and versions of the measurement, or that there was none."""
-    tiles: Mapping[tuple[bool, bool, bool], Tiles]
-    """(training step, labels share features, float32 operands): largest sizes."""
-    strategies: Mapping[tuple[bool, bool, bool], tuple[tuple[int, str], ...]]
-    """(labels share features, N:M pattern, bfloat16 on both sides): (rows, how to train) rising.
-
-    The last whose rows the batch has.
-    """
-
-
-@dataclass(frozen=True)
 class BlockTiles:
     """Compile-time sizes of the kernels of `blocks.py`."""
 
@@ -63,11 +48,21 @@ class BlockTiles:
     num_warps: int
 
 
-BLOCK_TILES = {
-    # float32 operands: largest sizes that compile without spills (aot.py), not timed
-    False: BlockTiles(block_l=64, block_d=64, block_b=128, walk=16, num_warps=8),
-    True: BlockTiles(block_l=32, block_d=32, block_b=64, walk=16, num_warps=8),
-}
+@dataclass(frozen=True)
+class Table:
+    """What one architecture runs with."""
+
+    source: str
+    """Date, device and versions of the measurement, or that there was none."""
+    tiles: Mapping[tuple[bool, bool, bool], Tiles]
+    """(training step, labels share features, float32 operands): largest sizes."""
+    blocks: Mapping[bool, BlockTiles]
+    """(float32 operands): largest sizes of the kernels of `blocks.py`."""
+    strategies: Mapping[tuple[bool, bool, bool], tuple[tuple[int, str], ...]]
+    """(labels share features, N:M pattern, bfloat16 on both sides): (rows, how to train) rising.
+
+    The last whose rows the batch has.
+    """
 
 
 # scripts/bench/tune_tiles.py rewrites what stands between the next line and "tuned: end".
@@ -84,6 +79,10 @@ TABLES: dict[str, Table] = {
             (True, False, True): Tiles(block_g=1, block_f=64, block_b=128, walk=32, num_warps=4),
             (True, True, False): Tiles(block_g=32, block_f=64, block_b=128, walk=4, num_warps=8),
             (True, True, True): Tiles(block_g=16, block_f=32, block_b=64, walk=4, num_warps=8),
+        },
+        blocks={
+            False: BlockTiles(block_l=64, block_d=64, block_b=128, walk=16, num_warps=8),
+            True: BlockTiles(block_l=32, block_d=32, block_b=64, walk=16, num_warps=8),
         },
         strategies={
             (False, False, False): ((1, "walk"),),
@@ -140,7 +139,8 @@ def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool =
 def block_tiles(num_rows: int, layer: Layer, dtype: torch.dtype) -> BlockTiles:
     """Tiles of `blocks.py`, cut to the shape; `dtype` is that of x."""
     assert layer.pattern is not None
-    most = BLOCK_TILES[torch.float32 in (dtype, layer.weight.dtype)]
+    wide = torch.float32 in (dtype, layer.weight.dtype)
+    most = table(layer.weight.device).blocks[wide]
     block_b = min(max(16, power_of_2(num_rows)), most.block_b)
     # With fewer than four blocks of inputs threads hold copies of the same weights.
     block_l = most.block_l if most.block_d >= 4 * layer.pattern[1] else min(32, most.block_l)
