@@ -93,19 +93,22 @@ def _check_index(x: Tensor, layer: Layer, index: Tensor) -> None:
 
 
 def compiled_on_cpu(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
-    """Whether the CPU kernels take this: a sparse layer, x of float32 or bfloat16.
+    """Whether the CPU kernels take this: a sparse layer, but none of float8.
 
-    All other tensors are float32.
+    x, weight and bias are float32 or bfloat16 each, all other tensors float32.
     """
-    wanted = all(t is None or t.dtype == torch.float32 for t in (layer.weight, layer.bias, *others))
-    sparse = layer.index is not None and layer.plain
-    return wanted and sparse and x.dtype in (torch.float32, torch.bfloat16)
+    narrow = all(
+        t is None or t.dtype in (torch.float32, torch.bfloat16)
+        for t in (x, layer.weight, layer.bias)
+    )
+    wide = all(t is None or t.dtype == torch.float32 for t in others)
+    return narrow and wide and layer.index is not None
 
 
 def compiled_on_cuda(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
     """Whether the Triton kernels take this: anything but float64."""
     tensors = (x, layer.weight, layer.bias, *others)
-    return layer.scale is None and all(t is None or t.dtype != torch.float64 for t in tensors)
+    return all(t is None or t.dtype != torch.float64 for t in tensors)
 
 
 def written_in_place(layer: Layer, *others: Tensor | None) -> bool:

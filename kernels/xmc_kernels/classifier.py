@@ -311,10 +311,9 @@ def _gradients(
     weight, bias = tensors[1].weight, tensors[1].bias
     assert bias is not None
     state = ClassifierState()
-    state.grad_weight = d_weight = torch.zeros_like(weight, dtype=_gradient_dtype(weight))
-    state.grad_bias = d_bias = torch.zeros_like(bias)
+    state.grad_weight, state.grad_bias = d_weight, d_bias = _zeros(weight), _zeros(bias)
     value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False, 0)
-    return value, d_x, d_weight, d_bias
+    return value, d_x, d_weight.to(_gradient_dtype(weight)), d_bias.to(bias.dtype)
 
 
 @_classifier_loss_and_grad.register_fake

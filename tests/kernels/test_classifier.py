@@ -174,7 +174,7 @@ def test_bfloat16_activations_cost_only_their_rounding(problem, oracle, as_accur
     as_accurate(ours[2], *(oracle.at_index(t[2], p.index) for t in (naive, truth)))
 
 
-def test_bfloat16_weights_train_through_the_reference(problem, oracle) -> None:
+def test_bfloat16_weights_train(problem, oracle) -> None:
     p = problem(8, 16, 20, 4).to(torch.bfloat16)
     rule = UpdateRule("adamw")
     state = make_state(p.weight, p.bias, rule)

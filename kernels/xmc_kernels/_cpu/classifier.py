@@ -15,6 +15,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from xmc_kernels import rounding
 from xmc_kernels._cpu import labels, threads
 from xmc_kernels._cpu.blocks import repeat
 from xmc_kernels._cpu.gradients import block_gradients
@@ -26,11 +27,12 @@ from xmc_kernels._cpu.labels import (
     index_rows,
     refused,
     share_range,
+    weight_rows,
 )
 from xmc_kernels._cpu.losses import bce, squared_hinge
 from xmc_kernels._cpu.scores import block_scores
 from xmc_kernels._cpu.tiles import from_tiles, lower_bound, tile_width, to_tiles
-from xmc_kernels._cpu.update import CONSTANTS, apply_or_keep, constants
+from xmc_kernels._cpu.update import CONSTANTS, constants, update_biases, update_weights
 from xmc_kernels._cpu.vector import (
     at_address,
     fma,
@@ -48,11 +50,12 @@ from xmc_kernels.update import RULES, ClassifierState, UpdateRule
 
 LOSSES = ("bce", "squared_hinge")
 _BCE = LOSSES.index("bce")
+_MASK = 0xFFFFFFFF  # 32 bits, unsigned
 _ZERO, _ONE = np.float32(0), np.float32(1)
 ARGUMENTS = threads.record_type(
     addresses=f"{labels.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
     "grad_weight grad_bias scratch d_x value",
-    integers=f"{labels.INTEGERS} scratch_bytes num_keys loss apply rule",
+    integers=f"{labels.INTEGERS} scratch_bytes num_keys loss apply rule weight_key bias_key",
     floats=CONSTANTS,
 )
 
@@ -63,7 +66,7 @@ def _scratch_size(width: int, block: int, chunk: int, fan_in: int) -> int:
 
 
 @functools.cache
-def _kernel(W, kind, T):
+def _kernel(W, kind, weight_kind, T):
     CHAINS = chains_of(W)
 
     @kernel(ARGUMENTS)
@@ -71,7 +74,7 @@ def _kernel(W, kind, T):
         a = carray(arguments, 1)[0]
         num_labels, fan_in, chunk, num_keys = a.num_labels, a.fan_in, a.chunk, a.num_keys
         stride = a.features * W
-        weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
+        weight = at_address(weight_kind, a.weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         keys, columns = at_address(np.int64, a.keys), at_address(np.int64, a.columns)
         scales = at_address(np.float32, a.scale)
@@ -96,7 +99,7 @@ def _kernel(W, kind, T):
             value = 0.0
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                copy_biases(a, bias, biases, c0, c1)
+                copy_biases(a, biases, c0, c1)
                 for i in range((c1 - c0) * fan_in):
                     grad[i] = _ZERO
                 for i in range(c1 - c0):
@@ -110,13 +113,13 @@ def _kernel(W, kind, T):
                     while b0 < c1:
                         b1 = block_stop(a, b0, c1)
                         count = b1 - b0
-                        rows, row, step = index_rows(a, index, b0)
-                        w = b0 * fan_in
+                        rows, row, step = index_rows(a, index, share, b0, b1 - b0)
+                        wide, w = weight_rows(a, weight, share, b0, b1 - b0)
                         if refused(a, rows, row, step, count, bad, share, b0):
                             b0 = b1
                             continue
                         block_scores(
-                            *(several, chains, a, x, base, weight, w, rows, row, step),
+                            *(several, chains, a, x, base, wide, w, rows, row, step),
                             *(biases, b0 - c0, count, g, 0),
                         )
                         first, origin = p, tile * num_labels + b0
@@ -140,26 +143,14 @@ def _kernel(W, kind, T):
                             target[(keys[i] - origin) * W + columns[i]] = _ZERO
                         if a.loss == _BCE or any_gradient != 0:
                             block_gradients(
-                                *(several, one, a, x, d_x, base, weight, w, rows, row, step),
+                                *(several, one, a, x, d_x, base, wide, w, rows, row, step),
                                 *(g, 0, count, grad, (b0 - c0) * fan_in),
                             )
                         b0 = b1
                     value += hsum(total)
-                apply_or_keep(
-                    *(a, a.decay, weight, grad),
-                    at_address(np.float32, a.weight_m),
-                    at_address(np.float32, a.weight_v),
-                    at_address(np.float32, a.grad_weight),
-                    *(a.grad_weight != 0, c0 * fan_in, c1 * fan_in),
-                )
+                update_weights(a, weight, share, grad, c0, c1)
                 if a.bias != 0:
-                    apply_or_keep(
-                        *(a, _ZERO, bias, grad_bias),
-                        at_address(np.float32, a.bias_m),
-                        at_address(np.float32, a.bias_v),
-                        at_address(np.float32, a.grad_bias),
-                        *(a.grad_bias != 0, c0, c1),
-                    )
+                    update_biases(a, biases, grad_bias, c0, c1)
             values[share] = value
             share = next_share(arguments)
 
@@ -218,6 +209,8 @@ def classifier_step(
         loss=LOSSES.index(loss),
         apply=update,
         rule=RULES.index(rule.kind),
+        weight_key=rounding.stream_key(seed, step, rounding.WEIGHT) & _MASK,
+        bias_key=rounding.stream_key(seed, step, rounding.BIAS) & _MASK,
     )
     threads.launch(_kernel(width, *labels.kinds(layer, width)), arguments)
     labels.raise_bad_index(layer, fields)

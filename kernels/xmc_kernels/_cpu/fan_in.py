@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xmc_kernels._cpu import labels, threads
 from xmc_kernels._cpu.blocks import repeat
-from xmc_kernels._cpu.gradients import block_gradients
+from xmc_kernels._cpu.gradients import block_gradients, store_gradients
 from xmc_kernels._cpu.jit import kernel
 from xmc_kernels._cpu.labels import (
     block_stop,
@@ -20,6 +20,7 @@ from xmc_kernels._cpu.labels import (
     index_rows,
     refused,
     share_range,
+    weight_rows,
 )
 from xmc_kernels._cpu.scores import block_scores
 from xmc_kernels._cpu.tiles import NARROW, from_tiles, tile_width, to_tiles, transpose
@@ -32,20 +33,20 @@ FORWARD = threads.record_type(
     addresses=f"{labels.ADDRESSES} scores out", integers=f"{labels.INTEGERS} num_rows"
 )
 BACKWARD = threads.record_type(
-    addresses=f"{labels.ADDRESSES} grads grad d_weight d_x",
+    addresses=f"{labels.ADDRESSES} grads grad sums d_weight d_x",
     integers=f"{labels.INTEGERS} num_rows",
 )
 
 
 @functools.cache
-def _forward_kernel(W, kind, T):
+def _forward_kernel(W, kind, weight_kind, T):
     CHAINS = chains_of(W)
 
     @kernel(FORWARD)
     def forward_shares(arguments):
         a = carray(arguments, 1)[0]
-        num_labels, fan_in, chunk = a.num_labels, a.fan_in, a.chunk
-        weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
+        num_labels, chunk = a.num_labels, a.chunk
+        weight = at_address(weight_kind, a.weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         out, bad = at_address(np.float32, a.out), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
@@ -58,7 +59,7 @@ def _forward_kernel(W, kind, T):
             biases = at_address(np.float32, a.biases + share * 4 * chunk)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                copy_biases(a, bias, biases, c0, c1)
+                copy_biases(a, biases, c0, c1)
                 for tile in range(a.num_tiles):
                     base = tile * a.features * W
                     for t0 in range(c0, c1, _BLOCK):
@@ -66,10 +67,11 @@ def _forward_kernel(W, kind, T):
                         b0 = t0
                         while b0 < t1:
                             b1 = block_stop(a, b0, t1)
-                            rows, row, step = index_rows(a, index, b0)
+                            rows, row, step = index_rows(a, index, share, b0, b1 - b0)
+                            wide, w = weight_rows(a, weight, share, b0, b1 - b0)
                             if not refused(a, rows, row, step, b1 - b0, bad, share, b0):
                                 block_scores(
-                                    *(several, chains, a, x, base, weight, b0 * fan_in),
+                                    *(several, chains, a, x, base, wide, w),
                                     *(rows, row, step, biases, b0 - c0, b1 - b0),
                                     *(scores, (b0 - t0) * W),
                                 )
@@ -83,12 +85,12 @@ def _forward_kernel(W, kind, T):
 
 
 @functools.cache
-def _backward_kernel(W, kind, T):
+def _backward_kernel(W, kind, weight_kind, T):
     @kernel(BACKWARD)
     def backward_shares(arguments):
         a = carray(arguments, 1)[0]
         num_labels, fan_in, chunk = a.num_labels, a.fan_in, a.chunk
-        weight, d_weight = at_address(np.float32, a.weight), at_address(np.float32, a.d_weight)
+        weight, d_weight = at_address(weight_kind, a.weight), at_address(weight_kind, a.d_weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         grad, bad = at_address(np.float32, a.grad), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
@@ -100,10 +102,11 @@ def _backward_kernel(W, kind, T):
             start, stop = share_range(a, share)
             grads = at_address(np.float32, a.grads + share * 4 * _BLOCK * W)
             d_x = at_address(np.float32, a.d_x + share * 4 * a.num_tiles * stride)
+            sums = at_address(np.float32, a.sums + share * 4 * chunk * fan_in)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                for i in range(c0 * fan_in, c1 * fan_in):
-                    d_weight[i] = _ZERO
+                for i in range((c1 - c0) * fan_in):
+                    sums[i] = _ZERO
                 for tile in range(a.num_tiles):
                     for t0 in range(c0, c1, _BLOCK):
                         t1 = min(t0 + _BLOCK, c1)
@@ -114,14 +117,16 @@ def _backward_kernel(W, kind, T):
                         b0 = t0
                         while b0 < t1:
                             b1 = block_stop(a, b0, t1)
-                            rows, row, step = index_rows(a, index, b0)
+                            rows, row, step = index_rows(a, index, share, b0, b1 - b0)
+                            wide, w = weight_rows(a, weight, share, b0, b1 - b0)
                             if not refused(a, rows, row, step, b1 - b0, bad, share, b0):
                                 block_gradients(
-                                    *(several, one, a, x, d_x, tile * stride, weight, b0 * fan_in),
+                                    *(several, one, a, x, d_x, tile * stride, wide, w),
                                     *(rows, row, step, grads, (b0 - t0) * W, b1 - b0),
-                                    *(d_weight, b0 * fan_in),
+                                    *(sums, (b0 - c0) * fan_in),
                                 )
                             b0 = b1
+                store_gradients(sums, (c1 - c0) * fan_in, d_weight, c0 * fan_in)
             share = next_share(arguments)
 
     return backward_shares
@@ -155,13 +160,15 @@ def fan_in_linear_backward(
     shares = threads.num_shares(layer.num_labels)
     fields = labels.layer_fields(tiles, layer, shares)
     grad = grad.float().contiguous()
-    d_weight = torch.empty(layer.weight.shape)
+    d_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+    sums = threads.zeros(shares, fields["chunk"] * layer.fan_in)
     d_x = threads.zeros(shares, *tiles.shape)
     grads = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(
         BACKWARD,
         **fields,
         grads=grads,
+        sums=sums,
         grad=grad,
         d_weight=d_weight,
         d_x=d_x,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
+from xmc_kernels._cpu.bfloat16 import narrow
 from xmc_kernels._cpu.blocks import add_gradient, add_gradients, load_rows
-from xmc_kernels._cpu.vector import LANES, width_of
+from xmc_kernels._cpu.vector import LANES, bits_of, width_of
 
 
 @njit(forceinline=True)
@@ -43,3 +45,20 @@ def block_gradients(
             *(g, x, d_x, base, weight, w + i * fan_in, index, row + i * step, fan_in),
             *(into, to + i * fan_in),
         )
+
+
+def store_gradients(sums, count, into, at):
+    """`into[at : at + count] = sums[:count]`, rounded to nearest if that is bfloat16."""
+    raise NotImplementedError  # the kernels' is below
+
+
+@overload(store_gradients)
+def _store_gradients(sums, count, into, at):
+    def float32(sums, count, into, at):
+        for i in range(count):
+            into[at + i] = sums[i]
+
+    def bfloat16(sums, count, into, at):
+        narrow(bits_of(sums), count, into, at)
+
+    return bfloat16 if into.dtype == types.uint16 else float32

@@ -1,6 +1,8 @@
 """A layer's labels as kernels read them, block by block: index rows, weights and biases.
 
 A block is a few consecutive labels with one index row each, or labels of one group that share one.
+Packed indices and bfloat16 weights are spelt out for a block at a time, in a buffer that stays in
+the first-level cache.
 """
 
 from __future__ import annotations
@@ -9,23 +11,36 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite.binding import get_host_cpu_features
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from xmc_kernels._cpu import threads
+from xmc_kernels._cpu.bfloat16 import widen
+from xmc_kernels._cpu.packed import unpack_rows
+from xmc_kernels._cpu.vector import at_address, bits_of
 from xmc_kernels.layer import Layer
+from xmc_kernels.packing import slot_bits
 
 # Fields of every kernel's record, beside those of `threads.record_type`.
-ADDRESSES = "x weight index bias bad biases"
-INTEGERS = "num_tiles features fan_in group chunk block"
+ADDRESSES = "x weight index bias bad biases widened unpacked_rows offsets shifts"
+INTEGERS = (
+    "num_tiles features fan_in group chunk block bias_bytes slot_bits row_bytes index_bytes "
+    "unpacked widened_size"
+)
+UPDATED = 1024  # bfloat16 weights that are updated at a time, or a label's if it has more
 _L1 = 8192  # floats of x that the rows of a block may name: they stay in the first-level cache
 
 
 def kinds(layer: Layer, width: int) -> tuple:
-    """What kernels are compiled for: type of the index, labels taken together."""
+    """What kernels are compiled for: types of index and weights, labels taken together.
+
+    uint8 is a packed index, uint16 stands for bfloat16.
+    """
     assert layer.index is not None
-    kind = layer.index.numpy().dtype.type
-    return kind, shared_labels(layer, width)
+    weight = np.uint16 if layer.weight.dtype == torch.bfloat16 else np.float32
+    return layer.index.numpy().dtype.type, weight, shared_labels(layer, width)
 
 
 @functools.cache
@@ -50,6 +65,8 @@ def layer_fields(tiles: np.ndarray, layer: Layer, num_shares: int) -> dict[str, 
     # More where several tiles pass over them.
     chunk = (4096 if num_tiles == 1 else 16384) // fan_in
     chunk = max(1, chunk // 16) * 16
+    widened_size = -(-max(block * fan_in, UPDATED) // 16) * 16
+    wide = layer.weight.dtype == torch.float32
     return {
         "num_shares": num_shares,
         "num_labels": layer.num_labels,
@@ -65,6 +82,31 @@ def layer_fields(tiles: np.ndarray, layer: Layer, num_shares: int) -> dict[str, 
         "group": group,
         "chunk": chunk,
         "block": block,
+        "bias_bytes": 0 if layer.bias is None else layer.bias.itemsize,
+        "widened": None if wide else threads.zeros(num_shares, widened_size),
+        "widened_size": widened_size,
+        **(
+            {}
+            if layer.pattern is None
+            else _pattern_fields(layer, layer.pattern, num_shares, block)
+        ),
+    }
+
+
+def _pattern_fields(
+    layer: Layer, pattern: tuple[int, int], num_shares: int, block: int
+) -> dict[str, Any]:
+    assert layer.index is not None
+    (n, m), bits = pattern, slot_bits(pattern)
+    unpacked = -(-layer.fan_in // 8) * 8
+    return {
+        "slot_bits": bits,
+        "shifts": np.arange(8, dtype=np.uint64) * bits,
+        "row_bytes": layer.index.shape[1],
+        "index_bytes": layer.index.numel(),
+        "unpacked": unpacked,
+        "unpacked_rows": np.zeros((num_shares, block, unpacked), np.int32),
+        "offsets": np.arange(unpacked, dtype=np.int32) // n * m,  # the first input of a slot
     }
 
 
@@ -100,12 +142,43 @@ def block_stop(a, start, limit):
     return min(stop, (start // a.group + 1) * a.group) if a.group > 1 else stop
 
 
-@njit(forceinline=True)
-def index_rows(a, index, start):
-    """Where the index rows of the block from `start` on lie: pointer, first, step."""
-    if a.group > 1:
-        return index, start // a.group * a.fan_in, 0
-    return index, start * a.fan_in, a.fan_in
+def index_rows(a, index, share, start, count):
+    """Where the index rows of a block lie: pointer, first, step from label to label."""
+    raise NotImplementedError  # the kernels' is below
+
+
+@overload(index_rows, jit_options={"forceinline": True})
+def _index_rows(a, index, share, start, count):
+    def plain(a, index, share, start, count):
+        row = start // a.group * a.fan_in
+        return index, row, a.fan_in if a.group == 1 else 0
+
+    def packed(a, index, share, start, count):
+        first = start // a.group
+        last = first + (count if a.group == 1 else 1)
+        rows = at_address(np.int32, a.unpacked_rows + share * 4 * a.block * a.unpacked)
+        unpack_rows(a, index, first, last, rows)
+        return rows, 0, a.unpacked if a.group == 1 else 0
+
+    return packed if index.dtype == types.uint8 else plain
+
+
+def weight_rows(a, weight, share, start, count):
+    """Where the weights of a block lie as float32: pointer, first."""
+    raise NotImplementedError  # the kernels' is below
+
+
+@overload(weight_rows, jit_options={"forceinline": True})
+def _weight_rows(a, weight, share, start, count):
+    def float32(a, weight, share, start, count):
+        return weight, start * a.fan_in
+
+    def bfloat16(a, weight, share, start, count):
+        rows = at_address(np.float32, a.widened + share * 4 * a.widened_size)
+        widen(weight, start * a.fan_in, count * a.fan_in, bits_of(rows))
+        return rows, 0
+
+    return bfloat16 if weight.dtype == types.uint16 else float32
 
 
 @njit(forceinline=True)
@@ -122,8 +195,11 @@ def refused(a, index, row, step, count, bad, share, start):
 
 
 @njit(error_model="numpy")
-def copy_biases(a, bias, into, start, stop):
+def copy_biases(a, into, start, stop):
     """The biases of a chunk as float32; `into` holds zeros where there are none."""
-    if a.bias != 0:
+    if a.bias_bytes == 2:
+        widen(at_address(np.uint16, a.bias), start, stop - start, bits_of(into))
+    elif a.bias_bytes == 4:
+        bias = at_address(np.float32, a.bias)
         for i in range(stop - start):
             into[i] = bias[start + i]

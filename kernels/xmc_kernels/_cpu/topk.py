@@ -19,6 +19,7 @@ from xmc_kernels._cpu.labels import (
     index_rows,
     refused,
     share_range,
+    weight_rows,
 )
 from xmc_kernels._cpu.scores import block_scores
 from xmc_kernels._cpu.tiles import NARROW, lower_bound, tile_width, to_tiles
@@ -49,14 +50,14 @@ def insert(scores, labels, last, first, score, label):
 
 
 @functools.cache
-def _kernel(W, kind, T):
+def _kernel(W, kind, weight_kind, T):
     CHAINS = chains_of(W)
 
     @kernel(ARGUMENTS)
     def topk_shares(arguments):
         a = carray(arguments, 1)[0]
-        fan_in, chunk, k, offset = a.fan_in, a.chunk, a.k, a.offset
-        weight, bias = at_address(np.float32, a.weight), at_address(np.float32, a.bias)
+        chunk, k, offset = a.chunk, a.k, a.offset
+        weight = at_address(weight_kind, a.weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
         indptr, excluded = at_address(np.int64, a.indptr), at_address(np.int32, a.excluded)
         bad = at_address(np.int64, a.bad)
@@ -74,18 +75,19 @@ def _kernel(W, kind, T):
             labels = at_address(np.int64, a.best_labels + share * 8 * a.num_rows * k)
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
-                copy_biases(a, bias, biases, c0, c1)
+                copy_biases(a, biases, c0, c1)
                 for tile in range(a.num_tiles):
                     base = tile * a.features * W
                     b0 = c0
                     while b0 < c1:
                         b1 = block_stop(a, b0, c1)
-                        rows, row, step = index_rows(a, index, b0)
+                        rows, row, step = index_rows(a, index, share, b0, b1 - b0)
+                        wide, w = weight_rows(a, weight, share, b0, b1 - b0)
                         if refused(a, rows, row, step, b1 - b0, bad, share, b0):
                             b0 = b1
                             continue
                         block_scores(
-                            *(several, chains, a, x, base, weight, b0 * fan_in, rows, row, step),
+                            *(several, chains, a, x, base, wide, w, rows, row, step),
                             *(biases, b0 - c0, b1 - b0, scores, 0),
                         )
                         for at in range(b1 - b0):

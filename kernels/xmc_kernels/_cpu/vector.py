@@ -52,6 +52,10 @@ def address_of(builder, pointer, offset, width=LANES):
     return builder.bitcast(builder.gep(pointer, [offset]), kind)
 
 
+def _codegen(emit):
+    return lambda context, builder, sig, args: emit(builder, *args)
+
+
 @intrinsic
 def pointer(typingctx, array):
     """The address of a contiguous array's first number, which can be indexed like the array.
@@ -79,6 +83,21 @@ def at_address(typingctx, kind, address):
 
 
 @intrinsic
+def advance(typingctx, pointer, count):
+    """The pointer to what lies `count` numbers further on."""
+    signature = pointer(pointer, types.intp)
+    return signature, _codegen(lambda b, start, count: b.gep(start, [count]))
+
+
+@intrinsic
+def bits_of(typingctx, pointer):
+    """The pointer to float32 numbers as one to their bits, uint32."""
+    return types.CPointer(types.uint32)(FLOATS), _codegen(
+        lambda b, start: b.bitcast(start, I32.as_pointer())
+    )
+
+
+@intrinsic
 def next_share(typingctx, arguments):
     """The number of a share nobody else has: reads and raises the record's first field, at once."""
     signature = types.int64(arguments)
@@ -92,7 +111,7 @@ def next_share(typingctx, arguments):
 
 def splatted(builder, width, value):
     """A vector of the same number."""
-    kind = ir.VectorType(F32, width)
+    kind = ir.VectorType(value.type, width)
     undefined = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(undefined, value, I32(0))
     return builder.shuffle_vector(one, undefined, _constant(width, 0, I32))
@@ -166,10 +185,6 @@ def horner(typingctx, x, coefficients):
         return total
 
     return signature, codegen
-
-
-def _codegen(emit):
-    return lambda context, builder, sig, args: emit(builder, *args)
 
 
 def _binary(name, emit):
