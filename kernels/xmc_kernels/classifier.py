@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ def classifier_step_(
     grad_scale: float,
     update: bool = True,
     seed: int = 0,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,  # [L]
 ) -> tuple[Tensor, Tensor]:  # [] float32, [B, D] in x's dtype
     """One training step of `x @ dense(weight, index).T + bias`; neither scores nor gradients stay.
 
@@ -59,10 +62,16 @@ def classifier_step_(
     `scale` as in `fan_in_linear`; float8 weights (experimental) are rounded stochastically too,
     and their scales written in place.
 
+    A positive entry of label l counts `positive_weight[l] * ((1 - smoothing) * loss(score, 1) +
+    smoothing * loss(score, 0))`, in value and gradient; for "bce" that is a target of
+    1 - smoothing. Negative entries stay as they are, so that nothing dense is added. With either
+    of the two the reference runs on every device.
+
     Raises ValueError or TypeError where arguments do not fit together, on labels out of range and
     on features that are not finite (before anything is written).
     """
     _check(x, Layer(weight, index, bias, pattern, scale), indptr, indices, loss)
+    _check_positive(weight, smoothing, positive_weight)
     if step < 1:
         raise ValueError(f"expected step from 1 on, got {step}")
     _check_state(weight, bias, rule, state)
@@ -92,6 +101,8 @@ def classifier_step_(
         grad_scale,
         update,
         seed,
+        smoothing,
+        positive_weight,
     )
     if update:
         state.grad_weight = state.grad_bias = None
@@ -111,16 +122,20 @@ def classifier_loss_and_grad(
     scale: Tensor | None = None,  # [L] float32
     loss: str,
     grad_scale: float,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,  # [L]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [] float32, [B, D], [L, F], [L]
     """The loss of `classifier_step_` and its gradients in x, weight and bias; writes nothing.
 
     Holds an [L, F] gradient. Without a bias its gradient is that of a bias of zeros.
     """
     _check(x, Layer(weight, index, bias, pattern, scale), indptr, indices, loss)
+    _check_positive(weight, smoothing, positive_weight)
     if bias is None:
         bias = torch.zeros(len(weight), dtype=_gradient_dtype(weight), device=weight.device)
     layer = (weight, index, bias, pattern, scale)
-    return _classifier_loss_and_grad(x, *layer, indptr, indices, loss, grad_scale)
+    options = (loss, grad_scale, smoothing, positive_weight)
+    return _classifier_loss_and_grad(x, *layer, indptr, indices, *options)
 
 
 def _check(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, loss: str) -> None:
@@ -128,6 +143,20 @@ def _check(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, loss: str) 
     checks.check_rows(indptr, indices, x.shape[0])
     if loss not in LOSSES:
         raise ValueError(f"expected a loss of {', '.join(LOSSES)}, got {loss!r}")
+
+
+def _check_positive(weight: Tensor, smoothing: float, positive_weight: Tensor | None) -> None:
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"expected smoothing in [0, 0.5), got {smoothing}")
+    if positive_weight is None:
+        return
+    if positive_weight.dtype not in checks.FLOATS:
+        raise TypeError(f"expected a floating-point positive_weight, got {positive_weight.dtype}")
+    if positive_weight.shape != (len(weight),) or positive_weight.device != weight.device:
+        raise ValueError(
+            f"expected positive_weight of shape [{len(weight)}] on {weight.device} to match "
+            f"weight, got {list(positive_weight.shape)} on {positive_weight.device}"
+        )
 
 
 def _check_state(
@@ -226,12 +255,14 @@ def _classifier_step(
     grad_scale: float,
     update: bool,
     seed: int = 0,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _step(
         reference.classifier_step,
         (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices),
         ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
-        *(loss, kind, constants, lr, step, grad_scale, update, seed),
+        *(loss, kind, constants, lr, step, grad_scale, update, seed, smoothing, positive_weight),
     )
 
 
@@ -259,11 +290,25 @@ def _step(
     grad_scale: float,
     update: bool,
     seed: int = 0,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(*tensors)
+    backend = _with_positives(backend, smoothing, positive_weight)
     momentum, beta1, beta2, eps, weight_decay = constants
     rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
     return backend(*tensors, state, loss, rule, lr, step, grad_scale, update, seed)
+
+
+def _with_positives(
+    backend: Callable[..., tuple[Tensor, Tensor]], smoothing: float, positive_weight: Tensor | None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The backend, or where positives are smoothed or weighted the reference, which alone can."""
+    if not smoothing and positive_weight is None:
+        return backend
+    return functools.partial(
+        reference.classifier_step, smoothing=smoothing, positive_weight=positive_weight
+    )
 
 
 @_classifier_step.register_fake
@@ -283,9 +328,12 @@ def _classifier_loss_and_grad(
     indices: Tensor,
     loss: str,
     grad_scale: float,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
-    return _gradients(reference.classifier_step, tensors, loss, grad_scale)
+    options = (loss, grad_scale, smoothing, positive_weight)
+    return _gradients(reference.classifier_step, tensors, *options)
 
 
 @_classifier_loss_and_grad.register_kernel("cpu")
@@ -305,9 +353,12 @@ def _gradients(
     tensors: tuple[Tensor, Layer, Tensor, Tensor],
     loss: str,
     grad_scale: float,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One accumulating step from zero."""
     _check_values(*tensors)
+    backend = _with_positives(backend, smoothing, positive_weight)
     weight, bias = tensors[1].weight, tensors[1].bias
     assert bias is not None
     state = ClassifierState()

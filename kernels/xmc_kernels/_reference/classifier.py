@@ -34,6 +34,17 @@ def squared_hinge(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
 
 
+def positive(scores: Tensor, loss: str, smoothing: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight * ((1 - smoothing) * loss(score, 1) + smoothing * loss(score, 0))`, elementwise."""
+    ones = torch.ones_like(scores)
+    as_positive, as_negative = LOSSES[loss](scores, ones), LOSSES[loss](scores, 0 * ones)
+    value, gradient = (
+        weight * ((1 - smoothing) * one + smoothing * other)
+        for one, other in zip(as_positive, as_negative, strict=True)
+    )
+    return value, gradient
+
+
 def updated(
     param: Tensor,
     grad: Tensor,
@@ -95,6 +106,8 @@ def classifier_step(
     grad_scale: float,
     update: bool,
     seed: int = 0,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,  # [L]
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     weight, bias = layer.weight, layer.bias
@@ -115,8 +128,13 @@ def classifier_step(
             scores += bias[start:stop]
         targets = torch.zeros_like(scores)
         here = (indices >= start) & (indices < stop)
-        targets[rows[here], indices[here].long() - start] = 1
+        at = rows[here], indices[here].long() - start
+        targets[at] = 1
         value, g = LOSSES[loss](scores, targets)
+        if smoothing or positive_weight is not None:
+            factor = take(positive_weight)
+            factor = torch.ones_like(scores[0]) if factor is None else factor.to(dtype)
+            value[at], g[at] = positive(scores[at], loss, smoothing, factor[at[1]])
         total += value.sum(dtype=torch.float64) * grad_scale
         g *= grad_scale
         d_x += g @ dense
