@@ -100,6 +100,18 @@ class HeadConfig:
     """Summed over labels, mean over examples."""
     bias_init: Literal["zero", "log_prior"] = "log_prior"
     """log_prior: logit of the label's frequency, so that training starts at the base rate."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """e: a positive counts (1 - e) * loss(positive) + e * loss(negative), which for bce is a target
+    of 1 - e. Negatives stay 0, so that nothing dense is added."""
+    positive_weight: Literal["none", "propensity"] = "none"
+    """propensity: a positive of label l counts 1 / p_l, so that rare labels count more (Jain et
+    al., KDD 2016); p_l by the training rows."""
+    propensity: Literal["default", "amazon", "wikipedia"] = "default"
+    """Constants a and b of the propensities, by kind of data."""
+    propensity_a: Rate = 0.0
+    """a and b in numbers, both above 0; 0: those of head.propensity."""
+    propensity_b: Rate = 0.0
+    """See propensity_a."""
 
     def __post_init__(self) -> None:
         sparse_only = {"pattern": self.pattern, "weight_dtype": self.weight_dtype == "float8"}
@@ -108,6 +120,11 @@ class HeadConfig:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} needs kind = 'sparse', got {self.kind!r}"
                 )
+        if (self.propensity_a > 0) != (self.propensity_b > 0):
+            raise ValueError(
+                "expected both propensity_a and propensity_b above 0, or neither, "
+                f"got {self.propensity_a} and {self.propensity_b}"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -95,8 +95,14 @@ def build_model(
     labels: list[str],
     *,
     label_shares: Tensor | None = None,  # [L], share of training rows that carry each label
+    positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
 ) -> XMCModel:
     """A fresh model with weights drawn from torch's global generator."""
+    if config.head.positive_weight != "none" and positive_weight is None:
+        raise ValueError(
+            f"expected positive_weight [{len(labels)}] for head.positive_weight = "
+            f'"{config.head.positive_weight}", got None'
+        )
     encoder = _build_encoder(config, features, config.encoder.model)
     intermediate, width = _build_intermediate(config, encoder.out_features)
     head = ClassifierHead.from_config(
@@ -105,6 +111,7 @@ def build_model(
         config.head,
         config.classifier_optimizer,
         label_shares=label_shares,
+        positive_weight=positive_weight,
     )
     return XMCModel(config, features, labels, encoder, head, intermediate)
 

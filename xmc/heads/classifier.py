@@ -33,11 +33,19 @@ class ClassifierHead(nn.Module):
         *,
         loss: str = "bce",
         optimizer: OptimizerConfig | None = None,
+        label_smoothing: float = 0.0,
+        positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
     ) -> None:
         super().__init__()
         optimizer = optimizer or OptimizerConfig()
         self.layer = layer.requires_grad_(False)
         self.loss = loss
+        self.label_smoothing = label_smoothing
+        # Only training needs it, and has it from the data: it is in no file.
+        self.positive_weight: Tensor | None
+        self.register_buffer(
+            "positive_weight", _checked(positive_weight, layer.out_features), persistent=False
+        )
         self.rule = UpdateRule(
             kind=optimizer.kind,
             momentum=optimizer.momentum,
@@ -59,6 +67,7 @@ class ClassifierHead(nn.Module):
         optimizer: OptimizerConfig | None = None,
         *,
         label_shares: Tensor | None = None,  # [L], share of training rows with the label
+        positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
     ) -> ClassifierHead:
         """A fresh head; `label_shares` feeds the log-prior bias."""
         layer: FixedFanInLinear | nn.Linear
@@ -81,7 +90,13 @@ class ClassifierHead(nn.Module):
             bias.zero_()
             if config.bias_init == "log_prior" and label_shares is not None:
                 bias.copy_(torch.logit(label_shares.double(), eps=1e-7))
-        return cls(layer, loss=config.loss, optimizer=optimizer)
+        return cls(
+            layer,
+            loss=config.loss,
+            optimizer=optimizer,
+            label_smoothing=config.label_smoothing,
+            positive_weight=positive_weight,
+        )
 
     @property
     def index(self) -> Tensor | None:
@@ -94,6 +109,15 @@ class ClassifierHead(nn.Module):
         if isinstance(self.layer, FixedFanInLinear):
             return {"pattern": self.layer.pattern, "scale": self.layer.weight_scale}
         return {}
+
+    @property
+    def _objective(self) -> dict[str, Any]:
+        """The loss, for the operations."""
+        return {
+            "loss": self.loss,
+            "smoothing": self.label_smoothing,
+            "positive_weight": self.positive_weight,
+        }
 
     @property
     def moments(self) -> ClassifierState:
@@ -128,7 +152,7 @@ class ClassifierHead(nn.Module):
             labels.indptr,
             labels.indices,
             **self._storage,
-            loss=self.loss,
+            **self._objective,
             rule=self.rule,
             state=self.moments,
             lr=self.lr,
@@ -189,7 +213,7 @@ class ClassifierHead(nn.Module):
             growth = growth_scores(
                 *(reps, labels, self.layer.weight, self.layer.index, self.layer.bias),
                 **self._storage,
-                loss=self.loss,
+                **self._objective,
             )
         moments = [m for m in (self.moments.weight_m, self.moments.weight_v) if m is not None]
         return rewire_(
@@ -219,6 +243,24 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float8": torch.float8_e4m3fn,
 }
+
+
+def _checked(positive_weight: Tensor | None, num_labels: int) -> Tensor | None:
+    """As float32; ValueError unless there is a finite weight of at least 0 for each label."""
+    if positive_weight is None:
+        return None
+    if list(positive_weight.shape) != [num_labels]:
+        raise ValueError(
+            f"expected positive_weight of shape [{num_labels}], got {list(positive_weight.shape)}"
+        )
+    good = (positive_weight >= 0) & (positive_weight < torch.inf)
+    if not bool(good.all()):
+        label = int((~good).nonzero()[0])
+        raise ValueError(
+            f"expected finite positive weights of at least 0, "
+            f"got {positive_weight[label].item()} for label {label}"
+        )
+    return positive_weight.float()
 
 
 def _pattern(text: str) -> tuple[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,15 @@ def growth_scores(
     loss: str,
     pattern: tuple[int, int] | None = None,
     scale: Tensor | None = None,  # [L] float32, of float8 weights
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,  # [L]
 ) -> Growth:
     """|dL/dW_dense| for `rewire_` (RigL), L being the loss summed over labels, mean over rows.
 
-    For a linear layer that is `|dL/dscores.T @ reps|`, in groups its mean over the G labels. The
-    whole set of tiles costs one GEMM over B x L x D and the sparse scores; at most 2^20 numbers of
-    scores and as many of gradient exist at a time ([B, G] and [G, D] at least).
+    For a linear layer that is `|dL/dscores.T @ reps|`, in groups its mean over the G labels.
+    `smoothing` and `positive_weight` as in `xmc_kernels.classifier.classifier_step_`. The whole set
+    of tiles costs one GEMM over B x L x D and the sparse scores; at most 2^20 numbers of scores and
+    as many of gradient exist at a time ([B, G] and [G, D] at least).
 
     Raises ValueError on an unknown loss or a number of label rows that does not match.
     """
@@ -44,13 +49,15 @@ def growth_scores(
 
     def tile(start: int, stop: int) -> Tensor:
         first, last = start * group_size, stop * group_size
-        label_bias, label_scale = (None if t is None else t[first:last] for t in (bias, scale))
+        label_bias, label_scale, factor = (
+            None if t is None else t[first:last] for t in (bias, scale, positive_weight)
+        )
         scores = fan_in_linear(
             *(x, weight[first:last], index[start:stop], label_bias),
             pattern=pattern,
             scale=label_scale,
         )
-        gradient = _GRADIENTS[loss](scores, *labels.tile(first, last))
+        gradient = _gradient_(scores, *labels.tile(first, last), loss, smoothing, factor)
         return group_score(gradient.T @ x_mean, group_size)
 
     @torch.no_grad()
@@ -66,19 +73,34 @@ def growth_scores(
     return growth
 
 
-def _bce(scores: Tensor, rows: Tensor, positives: Tensor) -> Tensor:
-    """Gradient of the binary cross-entropy with logits: sigmoid(s) - y. Overwrites scores."""
-    gradient = scores.sigmoid_()
-    gradient[rows, positives] -= 1
-    return gradient
-
-
-def _squared_hinge(scores: Tensor, rows: Tensor, positives: Tensor) -> Tensor:
-    """Gradient of `max(0, 1 - y s)^2`, y = 1 or -1. Overwrites scores."""
+def _gradient_(
+    scores: Tensor,  # [B, C]
+    rows: Tensor,  # [n]
+    positives: Tensor,  # [n]
+    loss: str,
+    smoothing: float,
+    positive_weight: Tensor | None,  # [C]
+) -> Tensor:  # [B, C]
+    """Gradient of the loss in the scores, which are overwritten."""
     gained = scores[rows, positives]
-    gradient = scores.add_(1).clamp_(min=0).mul_(2)
-    gradient[rows, positives] = -2 * (1 - gained).clamp(min=0)
+    of_positive, of_negative = _GRADIENTS[loss]
+    wanted = of_positive(gained.clone())
+    if smoothing:
+        wanted = (1 - smoothing) * wanted + smoothing * of_negative(gained)
+    if positive_weight is not None:
+        wanted *= positive_weight[positives]
+    gradient = of_negative(scores)
+    gradient[rows, positives] = wanted
     return gradient
 
 
-_GRADIENTS = {"bce": _bce, "squared_hinge": _squared_hinge}
+# Of a score whose target is 1, and of one whose target is 0; both overwrite the scores.
+_GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    # sigmoid(s) - y; for y = 1 without the cancellation of sigmoid(s) - 1
+    "bce": (lambda s: s.neg_().sigmoid_().neg_(), torch.sigmoid_),
+    # of max(0, 1 - y s)^2, y = 1 or -1
+    "squared_hinge": (
+        lambda s: s.neg_().add_(1).clamp_(min=0).mul_(-2),
+        lambda s: s.add_(1).clamp_(min=0).mul_(2),
+    ),
+}

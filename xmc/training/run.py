@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from xmc.config import Config, ConfigError, load_recipe, to_dict
+from xmc.config import Config, ConfigError, HeadConfig, load_recipe, to_dict
 from xmc.data.batches import Dataset, load_dataset, train_validation_split
 from xmc.data.features import fit_features
 from xmc.data.formats import has_split, read_labels
+from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
 from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
@@ -63,8 +64,13 @@ def train(
     labels = read_labels(data)
     clusters = None if resume else find_clusters(config, train_set)
     torch.manual_seed(config.train.seed)
-    shares = _label_shares(train_set)
-    model = build_model(config, features, labels, label_shares=shares)
+    model = build_model(
+        config,
+        features,
+        labels,
+        label_shares=_label_shares(train_set),
+        positive_weight=_positive_weight(config.head, train_set),
+    )
     model.to(device)
     record = _record(config, data, train_set, validation_set)
     if resume:
@@ -110,6 +116,14 @@ def _label_shares(train_set: Dataset) -> torch.Tensor:
     """Smoothed share of rows with each label, [L]: never 0 nor 1."""
     counts = train_set.label_frequencies()
     return (counts + 0.5) / (len(train_set) + 1.0)
+
+
+def _positive_weight(options: HeadConfig, train_set: Dataset) -> torch.Tensor | None:
+    """What a positive of each label counts, [L]; None where all count one."""
+    if options.positive_weight == "none":
+        return None
+    a, b = options.propensity_a or None, options.propensity_b or None
+    return Propensity.from_labels(train_set.labels, options.propensity, a=a, b=b).inverse
 
 
 def _device(name: str) -> torch.device:
