@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reference", action="store_true", help="time the plain torch definition")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=12, help="per shape, for timed runs")
+    parser.add_argument("--seconds", type=float, default=10, help="per shape, for timed runs")
     parser.add_argument("--minutes", type=float, default=14, help="no new shape after these")
     parser.add_argument("--dense-gib", type=float, help="largest dense matrix to time")
     parser.add_argument("--output", type=Path, default=RESULTS / "classifier.jsonl")
