@@ -67,11 +67,22 @@ class EncoderConfig:
     dropout: OpenShare = 0.3
     """Dropout on the representation."""
     model: str = ""
-    """Folder or hub name of the transformer."""
+    """Folder or hub name of the transformer; a run or model of xmc lends its encoder."""
     pooling: Literal["mean", "cls"] = "mean"
     """mean over real tokens, or the first token."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Arithmetic inside the transformer."""
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    """Arithmetic inside the transformer; float16 is trained with a scaled loss."""
+    checkpointing: bool = False
+    """Compute the transformer's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Train with torch.compile, which needs a compiler; without one, warn and go on."""
+    freeze_layers: Annotated[int, Field(ge=-1)] = -1
+    """n: the transformer's embeddings and first n layers keep their weights; -1: all train."""
+    lora_rank: NonNegative = 0
+    """Train low-rank adapters of this rank beside every linear layer of the transformer, and none
+    of its own weights; they are merged in the saved model. 0: none. Needs xmc-toolkit[lora]."""
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    """Adapters count lora_alpha / lora_rank times."""
     intermediate: NonNegative = 0
     """P: outputs of a linear layer between the representation and the classifier; 0: none. Large
     (4096) it gives few labels with a long tail more to choose from; small, under a dense head, it
@@ -198,6 +209,9 @@ class OptimizerConfig:
     """Used by adamw only."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Used by adamw and adagrad."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of a transformer's encoder_optimizer only: each layer below the last learns at this share of
+    the rate of the layer above it, the embeddings last. 1: all alike."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -261,6 +275,9 @@ class Config:
                 f'got "{self.features.kind}"'
             )
         if self.encoder.kind == "bag":
+            for key, default in _TRANSFORMER_ONLY.items():
+                if (value := getattr(self.encoder, key)) != default:
+                    raise ValueError(f"encoder.{key}: a bag encoder has no layers, got {value}")
             for key in ("max_tokens", "length_pool"):
                 if value := getattr(self.train, key):
                     raise ValueError(f"train.{key}: a bag encoder pads nothing, got {value}")
@@ -286,6 +303,14 @@ class Config:
             raise ValueError(
                 f'rewire.method: a dense head has no pattern to rewire, got "{self.rewire.method}"'
             )
+        decays = {"encoder_optimizer": self.encoder_optimizer.layer_decay}
+        if self.encoder.kind == "transformer":
+            decays = {"classifier_optimizer": self.classifier_optimizer.layer_decay}
+        for name, decay in decays.items():
+            if decay != 1:
+                raise ValueError(
+                    f"{name}.layer_decay: expected 1, as only a transformer has layers, got {decay}"
+                )
         if self.encoder_optimizer.kind != "adamw":
             raise ValueError(
                 'encoder_optimizer.kind: the encoder is trained by "adamw", '
@@ -293,6 +318,7 @@ class Config:
             )
 
 
+_TRANSFORMER_ONLY = {"checkpointing": False, "compile": False, "freeze_layers": -1, "lora_rank": 0}
 _ADAPTER = TypeAdapter(Config)
 
 

@@ -23,7 +23,10 @@ from xmc.config import Config, ConfigError, from_dict, to_dict
 from xmc.data.features import Features, load_features
 from xmc.files import write_file, write_json
 from xmc.heads.classifier import ClassifierHead
-from xmc.nn.encoder import BagEncoder, TransformerEncoder
+from xmc.nn.encoder import BagEncoder
+from xmc.nn.layers import freeze_
+from xmc.nn.lora import add_lora_, merged_weights
+from xmc.nn.transformer import TransformerEncoder
 from xmc.types import Bag, Batch, SparseLabels, Tokens, TopK
 
 _VERSION = 1
@@ -135,8 +138,8 @@ def save_model(model: XMCModel, folder: Path) -> None:
 
 
 def save_weights(model: XMCModel, folder: Path) -> None:
-    """Replace `weights.safetensors` in one rename."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.weights().items()}
+    """Replace `weights.safetensors` in one rename; adapters are merged into what they adapt."""
+    tensors = {name: tensor.contiguous() for name, tensor in merged_weights(model).items()}
     write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path))
 
 
@@ -173,11 +176,26 @@ def load_model(folder: Path) -> XMCModel:
 def _build_encoder(
     config: Config, features: Features, source: str, *, from_config: bool = False
 ) -> BagEncoder | TransformerEncoder:
+    """A fresh encoder or, `from_config`, the shape of a saved one as prediction needs it."""
     options = config.encoder
     if options.kind == "bag":
         return BagEncoder(features.num_features, options.dim, options.dropout)
-    make = TransformerEncoder.from_config if from_config else TransformerEncoder
-    return make(source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast)
+    if from_config:
+        return TransformerEncoder.from_config(
+            source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast
+        )
+    encoder = TransformerEncoder(
+        source,
+        pooling=options.pooling,
+        dropout=options.dropout,
+        autocast=options.autocast,
+        checkpointing=options.checkpointing,
+        compile=options.compile,
+    )
+    if options.lora_rank:
+        add_lora_(encoder.model, rank=options.lora_rank, alpha=options.lora_alpha)
+    freeze_(encoder.model, options.freeze_layers)
+    return encoder
 
 
 def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | None, int]:

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from xmc.nn.encoder import TransformerEncoder
+from xmc.nn.transformer import TransformerEncoder
 from xmc.types import Tokens
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "wireless", "mouse", "red", "garden", "hose", "long"]
@@ -240,7 +240,7 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"pooling": "max"}, 'expected pooling "mean" or "cls", got \'max\''),
-        ({"autocast": "half"}, 'expected autocast "none" or "bfloat16", got \'half\''),
+        ({"autocast": "half"}, 'expected autocast "none", "bfloat16", "float16", got \'half\''),
     ],
 )
 def test_refuses_unknown_options(

@@ -16,9 +16,10 @@ from xmc.data.batches import Dataset
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
+from xmc.training.encoder_optimizer import clip_gradient_
 from xmc.training.log import read_log
 from xmc.training.run import prepare_data, train
-from xmc.training.trainer import Interrupted, Trainer, TrainingError, clip_gradient_
+from xmc.training.trainer import Interrupted, Trainer, TrainingError
 
 TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
 

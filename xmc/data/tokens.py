@@ -15,6 +15,7 @@ import torch
 
 from xmc.config import FeatureConfig
 from xmc.data.formats import DataError
+from xmc.nn.warm_start import tokenizer_source
 from xmc.types import Tokens
 
 _CHUNK_ROWS = 1024
@@ -57,11 +58,14 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, options: FeatureConfig) -> TextTokenizer:
-        """From a model's folder or hub name. Raises DataError where it holds no tokenizer."""
+        """From a model's folder (an xmc run's, too) or hub name.
+
+        Raises DataError where it holds no tokenizer.
+        """
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(model))
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(model))
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise DataError(

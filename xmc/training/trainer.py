@@ -25,7 +25,6 @@ from xmc.heads.head import Head, HeadResult
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.lazy import LazyAdamW, coalesced
 from xmc.nn.rewire_schedule import is_due, rewire_progress
 from xmc.nn.slot_age import SlotAges
 from xmc.training.auxiliary import PartMeter, auxiliary_share
@@ -34,6 +33,11 @@ from xmc.training.checkpoint import (
     load_checkpoint,
     load_into,
     save_checkpoint,
+)
+from xmc.training.encoder_optimizer import (
+    clip_gradient_,
+    make_encoder_optimizer,
+    make_scaler,
 )
 from xmc.training.log import RunLog
 from xmc.training.progress import TrainingProgress
@@ -77,6 +81,8 @@ class Trainer:
         self.run = run
         self.device = next(model.encoder.parameters()).device
         self.optimizer = make_encoder_optimizer(model.body, config)
+        self.scaler = make_scaler(config, self.optimizer, self.device)
+        self.overflows = 0  # steps that the encoder skipped, float16 only
         options = config.train
         model.head.seed = options.seed
         self.rows_per_step = options.batch_size * options.accumulation
@@ -154,8 +160,9 @@ class Trainer:
     ) -> tuple[float, float, dict[str, float]]:
         """One step on chunks of row ids [R]; returns the mean loss, the encoder's norm and parts.
 
-        The norm costs a pass over the gradient: 0 where nobody measures or clips it. The parts of
-        the loss, for the log, are empty where nobody measures or where there is only one.
+        The norm costs a pass over the gradient: 0 where nobody measures or clips it, or where the
+        encoder skips the step because its gradient overflowed float16; the heads' steps stand. The
+        parts of the loss, for the log, are empty where nobody measures or where there is only one.
         """
         config, head = self.config, self.model.head
         factor = lr_factor(
@@ -166,7 +173,7 @@ class Trainer:
         )
         head.lr = config.classifier_optimizer.lr * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = config.encoder_optimizer.lr * factor
+            group["lr"] = config.encoder_optimizer.lr * factor * group["lr_scale"]
         heads: list[tuple[Head, float]] = [(head, 1.0)]
         meter = None
         if self.auxiliary is not None:
@@ -181,6 +188,11 @@ class Trainer:
         for position, chunk in enumerate(chunks, start=1):
             batch = self.train_set.batch(chunk).to(self.device)
             pooled = self.model.encoder(batch.inputs)
+            if self.scaler.is_enabled() and not bool(pooled.isfinite().all()):
+                raise TrainingError(
+                    f"the encoder's activations overflow float16 at step {self.step}: "
+                    'train with encoder.autocast = "bfloat16" or "none"'
+                )
             reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
             if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
                 self._step_reps.append(reps.detach())
@@ -197,7 +209,7 @@ class Trainer:
             ]
             if meter is not None:
                 meter.add([pulled_back(results[0], reps, pooled), *results[1:]])
-            backward(inputs, [result.d_reps for result in results])
+            backward(inputs, [self.scaler.scale(result.d_reps) for result in results])
             loss += float(sum(result.loss for result in results))
         if not math.isfinite(loss):
             raise TrainingError(
@@ -205,12 +217,32 @@ class Trainer:
                 "or classifier_optimizer.lr"
             )
         norm = 0.0
+        self.scaler.unscale_(self.optimizer)
         if measure or config.train.clip_norm:
             norm = clip_gradient_(self.model.body, config.train.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        parts = {} if meter is None else meter.values()
+        if self._encoder_step():
+            norm = 0.0
+        if measure and self.scaler.is_enabled():
+            parts |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
         self.step += 1
-        return loss, norm, {} if meter is None else meter.values()
+        return loss, norm, parts
+
+    def _encoder_step(self) -> bool:
+        """Step with the unscaled gradient and forget it; True if it overflowed and was skipped."""
+        scale = self.scaler.get_scale()  # 1 where there is none
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() >= scale:
+            return False
+        self.overflows += 1
+        if scale <= 1:
+            raise TrainingError(
+                f"the encoder's gradient overflows float16 without any scale at step {self.step}: "
+                'train with encoder.autocast = "bfloat16" or "none"'
+            )
+        return True
 
     def _rewires_after(self, step: int) -> bool:
         return is_due(self.config.rewire, step, self.total_steps)
@@ -287,6 +319,8 @@ class Trainer:
         state = {
             "optimizer": counters,
             "head_steps": self.model.head.steps,
+            "scaler": self.scaler.state_dict(),  # empty where there is none
+            "overflows": self.overflows,
             "auxiliary_steps": None if self.auxiliary is None else self.auxiliary.steps,
             "best": self.best,
             "bad_epochs": self.bad_epochs,
@@ -319,6 +353,9 @@ class Trainer:
                 slots.setdefault(int(slot), {})[field] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+            self.overflows = state["overflows"]
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -351,18 +388,6 @@ _VALIDATION_KS = (1, 3, 5)
 _VALIDATION_METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "R@5")
 
 
-def make_encoder_optimizer(encoder: nn.Module, config: Config) -> LazyAdamW:
-    """AdamW with lazy rows for embedding tables; biases and norms are not decayed."""
-    options = config.encoder_optimizer
-    matrices = [p for p in encoder.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in encoder.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return LazyAdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
-
-
 def backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """One pass through everything below the heads' inputs, given the gradient of each head.
 
@@ -370,13 +395,18 @@ def backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """
     if len(gradients) > 1 and inputs[0] is inputs[1]:
         gradients = [functools.reduce(operator.add, gradients)]
-    torch.autograd.backward(list(inputs[: len(gradients)]), list(gradients))
+    # A frozen encoder has no use for a gradient.
+    roots = [(x, d_x) for x, d_x in zip(inputs, gradients, strict=False) if x.requires_grad]
+    if roots:
+        torch.autograd.backward([x for x, _ in roots], [d_x for _, d_x in roots])
 
 
 def pulled_back(result: HeadResult, reps: Tensor, pooled: Tensor) -> HeadResult:
     """A result on `reps` with its gradient in `pooled`, from which they were made."""
     if reps is pooled:
         return result
+    if not pooled.requires_grad:
+        return HeadResult(result.loss, torch.zeros_like(pooled))
     (d_pooled,) = torch.autograd.grad(reps, pooled, result.d_reps, retain_graph=True)
     return HeadResult(result.loss, d_pooled)
 
@@ -387,27 +417,3 @@ def make_slot_ages(layer: nn.Module, config: Config) -> SlotAges | None:
         return None
     index = layer.index
     return SlotAges(index.shape[0], layer.fan_in, device=index.device)
-
-
-@torch.no_grad()
-def clip_gradient_(module: nn.Module, max_norm: float) -> float:
-    """Scale the gradients so that their joint norm is at most `max_norm` (0: only measure).
-
-    Sparse gradients count by their values; returns the norm before clipping.
-    """
-    values = []
-    for parameter in module.parameters():
-        grad = parameter.grad
-        if grad is None:
-            continue
-        if grad.is_sparse:
-            parameter.grad = grad = coalesced(grad)
-            grad = grad.values()
-        values.append(grad)
-    if not values:
-        return 0.0
-    norm = float(torch.stack([value.float().norm() for value in values]).norm())
-    if max_norm and norm > max_norm:
-        for value in values:
-            value.mul_(max_norm / norm)
-    return norm
