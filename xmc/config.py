@@ -303,11 +303,10 @@ class Config:
             raise ValueError(
                 f'rewire.method: a dense head has no pattern to rewire, got "{self.rewire.method}"'
             )
-        decays = {"encoder_optimizer": self.encoder_optimizer.layer_decay}
-        if self.encoder.kind == "transformer":
-            decays = {"classifier_optimizer": self.classifier_optimizer.layer_decay}
-        for name, decay in decays.items():
-            if decay != 1:
+        for name in ("encoder_optimizer", "classifier_optimizer"):
+            decay = getattr(self, name).layer_decay
+            layered = name == "encoder_optimizer" and self.encoder.kind == "transformer"
+            if decay != 1 and not layered:
                 raise ValueError(
                     f"{name}.layer_decay: expected 1, as only a transformer has layers, got {decay}"
                 )
