@@ -22,7 +22,7 @@ from xmc_kernels._triton.launch import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"
-MODULES = ("classifier_jobs", "provenance", "timing", "tune_tiles")
+MODULES = ("classifier_jobs", "provenance", "tile_table", "timing", "tune_tiles")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = tiles.architecture(torch.device(DEVICE))
 STEP = (True, False, True)  # one index row per label, float32
@@ -210,7 +210,9 @@ def load(path):
 
 def test_the_table_is_written_as_it_stands(bench):
     text = Path(tiles.__file__).read_text()
-    assert text.split(bench.BEGIN)[1].split(bench.END)[0] == bench.render(tiles.TABLES)
+    assert text.split(bench.tile_table.BEGIN)[1].split(bench.tile_table.END)[
+        0
+    ] == bench.tile_table.render(tiles.TABLES)
 
 
 def test_a_rewritten_file_imports_and_keeps_other_architectures(bench, tmp_path):
@@ -224,20 +226,20 @@ def test_a_rewritten_file_imports_and_keeps_other_architectures(bench, tmp_path)
         source=bench.source(about),
         strategies=steps,
     )
-    bench.rewrite(file, {**tiles.TABLES, "sm_90": tuned})
+    bench.tile_table.rewrite(file, {**tiles.TABLES, "sm_90": tuned})
     long = "a device of a very long name, " * 6 + 'with a "quote"'
-    bench.rewrite(file, {**load(file).TABLES, "sm_80": replace(DEFAULT, source=long)})
+    bench.tile_table.rewrite(file, {**load(file).TABLES, "sm_80": replace(DEFAULT, source=long)})
     written = load(file)
     assert list(written.TABLES) == [*tiles.TABLES, "sm_90", "sm_80"]
-    assert bench.render(written.TABLES).count("Table(") == len(written.TABLES)
+    assert bench.tile_table.render(written.TABLES).count("Table(") == len(written.TABLES)
     # Another module's classes: equal by what they print.
     assert repr(written.TABLES["default"]) == repr(DEFAULT)
     assert repr(written.TABLES["sm_90"]) == repr(tuned)
     assert written.TABLES["sm_80"].source == long
     assert tuned.source == "2026-11-21: timed on NVIDIA H100 80GB HBM3, torch 2, triton 3"
     original, new = Path(tiles.__file__).read_text(), file.read_text()
-    assert new.split(bench.BEGIN)[0] == original.split(bench.BEGIN)[0]
-    assert new.split(bench.END)[1] == original.split(bench.END)[1]
+    assert new.split(bench.tile_table.BEGIN)[0] == original.split(bench.tile_table.BEGIN)[0]
+    assert new.split(bench.tile_table.END)[1] == original.split(bench.tile_table.END)[1]
     assert all(len(line) <= 100 for line in new.splitlines())
     assert [path.name for path in tmp_path.iterdir()] == ["tiles.py"]
 
@@ -246,7 +248,7 @@ def test_a_file_without_markers_is_refused(bench, tmp_path):
     file = tmp_path / "tiles.py"
     file.write_text("TABLES = {}\n")
     with pytest.raises(ValueError, match=r"expected one line '# tuned: begin' .* got 0 and 0"):
-        bench.rewrite(file, tiles.TABLES)
+        bench.tile_table.rewrite(file, tiles.TABLES)
     assert file.read_text() == "TABLES = {}\n"
 
 
@@ -277,7 +279,7 @@ def test_without_a_gpu_only_a_dry_run_works(bench):
     done = run_tuner("--dry-run")
     assert done.returncode == 0, done.stderr
     assert "tiles (True, True, False): {'block_b': (32, 64, 128)" in done.stdout
-    assert done.stdout.endswith(bench.render(tiles.TABLES) + "\n")
+    assert done.stdout.endswith(bench.tile_table.render(tiles.TABLES) + "\n")
     failed = run_tuner()
     assert failed.returncode == 2
     assert "expected a CUDA device, got none: --dry-run" in failed.stderr
