@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmc_kernels._triton.densify import update_launch
+from xmc_kernels._reference.fan_in import gradient_like
+from xmc_kernels._triton.densify import update_launch, wide_rows
+from xmc_kernels._triton.float8 import decode, quantize_launch
 from xmc_kernels._triton.launch import (
     Launch,
     batch_major,
@@ -44,6 +46,7 @@ from xmc_kernels.update import ClassifierState, UpdateRule
 @triton.jit
 def _dense_piece(
     weight_ptr,
+    scale_ptr,
     index_ptr,
     label,
     mask_l,
@@ -62,13 +65,18 @@ def _dense_piece(
     row = (label // group).to(tl.int64)[:, None]
     at = label.to(tl.int64)[:, None] * fan_in
     local = tl.arange(0, M_BLOCK)[None, None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + label, mask=mask_l, other=0.0)[:, None]
     piece = tl.zeros((BLOCK_L, BLOCKS, M_BLOCK), DTYPE)
     # Unrolled whole, the addresses of all slots would be held at once.
     for k in tl.range(N_KEEP, loop_unroll_factor=2, num_stages=1):
         slot = (first + k)[None, :]
         mask = mask_l[:, None] & (slot < fan_in)
         column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
-        weight = tl.load(weight_ptr + at + slot, mask=mask, other=0.0).to(DTYPE)
+        weight = tl.load(weight_ptr + at + slot, mask=mask, other=0)
+        if scale_ptr is not None:
+            weight = decode(weight) * scale
+        weight = weight.to(DTYPE)
         here = (column & (M_BLOCK - 1))[:, :, None] == local
         piece = tl.where(here, weight[:, :, None], piece)
     return tl.reshape(piece, (BLOCK_L, BLOCK_D))
@@ -93,6 +101,7 @@ def _load_grad(grad_ptr, column, mask_l, offs_b, num_rows, stride_gb, DTYPE: tl.
 def _blocks_fwd_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, P]
     bias_ptr,  # [L] or None
     positive_label_ptr,  # [nnz + 1] int32 rising, or None: scores are wanted
@@ -129,6 +138,7 @@ def _blocks_fwd_kernel(
     for first_d in range(0, features, BLOCK_D):
         piece = _dense_piece(
             weight_ptr,
+            scale_ptr,
             index_ptr,
             label,
             mask_l,
@@ -168,6 +178,7 @@ def _blocks_fwd_kernel(
 def _blocks_input_kernel(
     grad_ptr,  # [B, stride_gb], of labels from start on
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, P]
     d_x_t_ptr,  # [D, width], or [runs, D, width] where deterministic
     start,
@@ -202,6 +213,7 @@ def _blocks_input_kernel(
         mask_l = label < stop
         piece = _dense_piece(
             weight_ptr,
+            scale_ptr,
             index_ptr,
             label,
             mask_l,
@@ -226,8 +238,10 @@ def _blocks_weight_kernel(
     grad_ptr,  # [B, stride_gb], of labels from start on
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, P]
     d_weight_ptr,  # [L, F], or None: the weights are updated
+    wide_ptr,  # [stop - start, F] float32, where new float8 weights go; None for all others
     m_ptr,
     v_ptr,
     kept_ptr,
@@ -290,10 +304,16 @@ def _blocks_weight_kernel(
         if d_weight_ptr is not None:
             tl.store(d_weight_ptr + at, d_weight, mask=mask)
         else:
-            weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+            weight = tl.load(weight_ptr + at, mask=mask, other=0)
+            out = weight_ptr + at
+            if scale_ptr is not None:
+                scale = tl.load(scale_ptr + label, mask=mask_l, other=0.0)
+                weight = decode(weight) * scale[:, None]
+                out = wide_ptr + column.to(tl.int64)[:, None] * fan_in + slot[None, :]
             apply(
                 weight,
-                weight_ptr,
+                out,
+                None,
                 (m_ptr, v_ptr, kept_ptr),
                 at,
                 mask,
@@ -369,8 +389,7 @@ def input_launch(
     walk = cdiv(units, len(d_x_t)) if deterministic else tiles.walk
     arguments = {
         "grad_ptr": grad,
-        "weight_ptr": layer.weight,
-        "index_ptr": layer.index,
+        **layer_arguments(layer, bias=False),
         "d_x_t_ptr": d_x_t,
         **_sizes(x_t, layer, num_rows, start, stop),
         "run": walk * tiles.block_l,
@@ -401,8 +420,12 @@ def weight_launch(
     numbers: dict[str, float] | None = None,
     key: int = 0,
     update: bool = True,
+    wide: Tensor | None = None,
 ) -> Launch:
-    """d_weight [L, F] written from grad [B, stop - start]; or, where it is None, applied."""
+    """d_weight [L, F] written from grad [B, stop - start]; or, where it is None, applied.
+
+    New float8 weights go to `wide` [stop - start, F] float32.
+    """
     stop = layer.num_labels if stop is None else stop
     state, rule = state or ClassifierState(), rule or UpdateRule("sgd")
     tiles = block_tiles(num_rows, layer, x_t.dtype)
@@ -410,9 +433,9 @@ def weight_launch(
     arguments = {
         "grad_ptr": grad,
         "x_t_ptr": x_t,
-        "weight_ptr": layer.weight,
-        "index_ptr": layer.index,
+        **layer_arguments(layer, bias=False),
         "d_weight_ptr": d_weight,
+        "wide_ptr": wide,
         "m_ptr": state.weight_m,
         "v_ptr": state.weight_v,
         "kept_ptr": state.grad_weight,
@@ -463,7 +486,7 @@ def backward(
     units = cdiv(layer.num_labels, tiles.block_l)
     parts = deterministic_programs(x_t, units) if deterministic else 0
     d_x_t = input_gradient_buffer(x_t, parts)
-    d_weight = torch.empty_like(layer.weight)
+    d_weight = gradient_like(layer.weight)
     input_launch(grad, x_t, layer, d_x_t, len(x)).run()
     weight_launch(grad, x_t, layer, d_weight, len(x)).run()
     return batch_major(d_x_t, len(x), x.dtype), d_weight
@@ -505,13 +528,17 @@ def classifier_step(
         d_bias = torch.empty(num_tiles, stop - start, device=x.device)
         losses = torch.empty_like(d_bias)
         pairs = (positives, first[start // tiles.block_l :][:units])
-        common = (num_rows, start, stop)
+        common, wide = (num_rows, start, stop), wide_rows(layer, start, stop)
         forward_launch(*(x_t, layer, grad, *common, *pairs, d_bias, losses, loss, grad_scale)).run()
         total += losses.sum(dtype=torch.float64)
         input_launch(grad, x_t, layer, d_x_t, *common).run()
         weight_launch(
-            *(grad, x_t, layer, None, *common, state, rule, numbers, key["weight_key"], update)
+            *(grad, x_t, layer, None, *common, state, rule, numbers, key["weight_key"], update),
+            wide=wide,
         ).run()
+        if wide is not None and layer.scale is not None and update:
+            codes = layer.weight.view(torch.uint8)
+            quantize_launch(wide, codes, layer.scale, start, key["weight_key"]).run()
         if bias is not None:
             m, v, kept = (
                 None if t is None else t[start:stop]

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels._triton import blocks, densify
+from xmc_kernels._triton.float8 import quantize_rows
 from xmc_kernels._triton.launch import (
     Launch,
     batch_major,
@@ -49,6 +50,7 @@ _MAX_PROGRAMS = 1024
 def _classifier_step_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L] or None
     positive_label_ptr,  # [nnz + 1] int32 rising, L at the end
@@ -62,7 +64,7 @@ def _classifier_step_kernel(
     bias_m_ptr,
     bias_v_ptr,
     bias_kept_ptr,
-    unit_grad_ptr,  # [programs, BLOCK_G, F], unused for one tile
+    unit_grad_ptr,  # [programs, BLOCK_G, F], unused in registers
     num_rows,
     features,
     width,
@@ -87,7 +89,7 @@ def _classifier_step_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # F <= BLOCK_F
-    ONE_TILE: tl.constexpr,  # width == BLOCK_B
+    IN_REGISTERS: tl.constexpr,  # width == BLOCK_B, and for float8 weights F <= BLOCK_F too
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
@@ -129,7 +131,9 @@ def _classifier_step_kernel(
                 rows, mask_x, x = load_inputs(
                     x_t_ptr, index_ptr, row, 0, width, offs_b, fan_in, BLOCK_F, N_KEEP, M_BLOCK
                 )
-                at, mask_w, weight = load_weight(weight_ptr, label, mask_g, 0, fan_in, BLOCK_F)
+                at, mask_w, weight = load_weight(
+                    weight_ptr, scale_ptr, label, mask_g, 0, fan_in, BLOCK_F
+                )
                 score += scores(weight, x, DOT_DTYPE, PRECISION)
             else:
                 for start in range(0, fan_in, BLOCK_F):
@@ -145,7 +149,9 @@ def _classifier_step_kernel(
                         N_KEEP,
                         M_BLOCK,
                     )
-                    _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+                    _, _, weight = load_weight(
+                        weight_ptr, scale_ptr, label, mask_g, start, fan_in, BLOCK_F
+                    )
                     score += scores(weight, x, DOT_DTYPE, PRECISION)
 
             target, position = targets(
@@ -172,16 +178,17 @@ def _classifier_step_kernel(
                         M_BLOCK,
                     )
                     at, mask_w, weight = load_weight(
-                        weight_ptr, label, mask_g, start, fan_in, BLOCK_F
+                        weight_ptr, scale_ptr, label, mask_g, start, fan_in, BLOCK_F
                     )
                 d_x = input_gradient(grad, weight, DOT_DTYPE, PRECISION)
                 scatter_add(d_x_t_ptr, rows, offs_b, mask_x, d_x, DETERMINISTIC)
                 d_weight = weight_gradient(grad, x, DOT_DTYPE, PRECISION)
                 offs_f = start + tl.arange(0, BLOCK_F)
-                if ONE_TILE:
+                if IN_REGISTERS:
                     apply(
                         weight,
-                        weight_ptr,
+                        weight_ptr + at,
+                        scale_ptr,
                         weight_memory,
                         at,
                         mask_w,
@@ -204,16 +211,20 @@ def _classifier_step_kernel(
                     tl.debug_barrier()
                     tl.store(unit_grad_ptr + local, d_weight, mask=mask_w)
 
-        if not ONE_TILE:
+        if not IN_REGISTERS:
             tl.debug_barrier()
             for start in range(0, fan_in, BLOCK_F):
                 offs_f = start + tl.arange(0, BLOCK_F)
-                at, mask_w, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+                at, mask_w, weight = load_weight(
+                    weight_ptr, scale_ptr, label, mask_g, start, fan_in, BLOCK_F
+                )
                 local = tl.arange(0, BLOCK_G)[:, None] * fan_in + offs_f[None, :]
                 d_weight = tl.load(unit_grad_ptr + local, mask=mask_w, other=0.0)
+                out = weight_ptr + at if scale_ptr is None else unit_grad_ptr + local
                 apply(
                     weight,
-                    weight_ptr,
+                    out,
+                    None,
                     weight_memory,
                     at,
                     mask_w,
@@ -229,10 +240,25 @@ def _classifier_step_kernel(
                     UPDATE,
                 )
             tl.debug_barrier()
+            if scale_ptr is not None and UPDATE:
+                quantize_rows(
+                    unit_grad_ptr,
+                    tl.arange(0, BLOCK_G).to(tl.int64) * fan_in,
+                    weight_ptr,
+                    scale_ptr,
+                    label,
+                    mask_g,
+                    fan_in,
+                    weight_key,
+                    BLOCK_G,
+                    BLOCK_F,
+                )
+                tl.debug_barrier()
         if bias_ptr is not None:
             apply(
                 bias,
-                bias_ptr,
+                bias_ptr + label,
+                None,
                 bias_memory,
                 label,
                 mask_g,
@@ -271,14 +297,15 @@ def step_launch(
     tiles = unit_tiles(num_rows, layer, x_t.dtype, fused=True)
     units = num_units(layer.num_labels, group, tiles.block_g)
     one_tile = width == tiles.block_b
-    walk = tiles.walk if one_tile else max(tiles.walk, cdiv(units, _MAX_PROGRAMS))
+    in_registers = one_tile and (layer.scale is None or fan_in <= tiles.block_f)
+    walk = tiles.walk if in_registers else max(tiles.walk, cdiv(units, _MAX_PROGRAMS))
     deterministic = d_x_t.dim() == 3
     if deterministic:
         walk = cdiv(units, len(d_x_t))
     programs = cdiv(units, walk)
     parts = cdiv(group, tiles.block_g)
     empty = torch.float32
-    buffers = (1, 1, 1) if one_tile else (programs, tiles.block_g, fan_in)
+    buffers = (1, 1, 1) if in_registers else (programs, tiles.block_g, fan_in)
     loss_parts = torch.empty(programs, dtype=empty, device=x_t.device)
     starts = torch.arange(programs, device=x_t.device) * walk
     arguments = {
@@ -315,7 +342,7 @@ def step_launch(
         "BLOCK_F": tiles.block_f,
         "BLOCK_B": tiles.block_b,
         "ONE_BLOCK": fan_in <= tiles.block_f,
-        "ONE_TILE": one_tile,
+        "IN_REGISTERS": in_registers,
         **dot_settings(x_t, layer.weight),
         "DETERMINISTIC": deterministic,
         "LOSS": loss,

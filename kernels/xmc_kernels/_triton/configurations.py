@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from xmc_kernels import float8
+from xmc_kernels._reference.fan_in import gradient_like
 from xmc_kernels._triton import blocks, classifier, densify, fan_in, topk
+from xmc_kernels._triton.float8 import quantize_launch
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.positives import Positives
@@ -21,7 +24,12 @@ from xmc_kernels.update import RULES, ClassifierState, UpdateRule, make_state
 _FEATURES = 768
 _LABELS = 1_024_000
 _PATTERNS = ((4, 8), (2, 16), (4, 32))
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "f8": torch.bfloat16,  # of x: weights are float8
+}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,15 +42,17 @@ def configurations() -> tuple[tuple[str, Launch], ...]:
     return (*_layers(), *_steps(), *_densified(), *_blocks(), *_topk())
 
 
-def _layer(
-    group: int, dtype: torch.dtype, fan_in: int, pattern: tuple[int, int] | None = None
-) -> Layer:
+def _layer(group: int, name: str, fan_in: int, pattern: tuple[int, int] | None = None) -> Layer:
+    dtype = _DTYPES[name]
     indices = torch.int32 if dtype == torch.float32 else torch.uint16
     index = _empty(_LABELS // group, fan_in, dtype=indices)
     if pattern is not None:
         fan_in = pattern[0] * _FEATURES // pattern[1]
         index = _empty(_LABELS // group, packed_bytes(fan_in, pattern), dtype=torch.uint8)
-    return Layer(_empty(_LABELS, fan_in, dtype=dtype), index, _empty(_LABELS, dtype=dtype), pattern)
+    weight, bias = _empty(_LABELS, fan_in, dtype=dtype), _empty(_LABELS, dtype=dtype)
+    if name == "f8":
+        return Layer(weight.to(float8.DTYPE), index, bias, pattern, _empty(_LABELS))
+    return Layer(weight, index, bias, pattern)
 
 
 def _title(layer: Layer, dtype: str, rows: int) -> str:
@@ -55,9 +65,10 @@ def _layers() -> Iterator[tuple[str, Launch]]:
         *((group, name, None) for group in (1, 16, 64) for name in ("bf16", "fp32")),
         *((1, "bf16", pattern) for pattern in _PATTERNS),
         *((16, name, (4, 32)) for name in ("bf16", "fp32")),
+        *((group, "f8", pattern) for group in (1, 16) for pattern in (None, (4, 32))),
     ):
         dtype, rows = _DTYPES[name], 128
-        layer = _layer(group, dtype, 64, pattern)
+        layer = _layer(group, name, 64, pattern)
         title = _title(layer, name, rows)
         x_t, out = _empty(_FEATURES, rows, dtype=dtype), _empty(rows, _LABELS, dtype=dtype)
         yield f"forward {title}", fan_in.forward_launch(x_t, layer, out, rows)
@@ -65,7 +76,7 @@ def _layers() -> Iterator[tuple[str, Launch]]:
             ("atomic", _empty(_FEATURES, rows)),
             ("deterministic", _empty(64, _FEATURES, rows)),
         ):
-            tensors = (out, x_t, layer, d_x_t, torch.empty_like(layer.weight))
+            tensors = (out, x_t, layer, d_x_t, gradient_like(layer.weight))
             yield f"backward {form} {title}", fan_in.backward_launch(*tensors, rows)
 
 
@@ -79,17 +90,21 @@ def _steps() -> Iterator[tuple[str, Launch]]:
         ("fp16", "bce", "adamw", "atomic", 128, 128, None),
         ("fp32", "bce", "adagrad", "atomic", 64, 32, None),
         ("fp32", "bce", "adamw", "deterministic", 512, 128, None),
+        ("f8", "bce", "sgd", "atomic", 128, 64, None),
+        ("f8", "bce", "adamw", "atomic", 128, 128, None),
+        ("f8", "squared_hinge", "momentum", "deterministic", 512, 32, None),
     )
     patterned = (
         *(("bf16", "bce", "adamw", "atomic", 128, 0, pattern) for pattern in _PATTERNS),
         ("bf16", "bce", "adamw", "deterministic", 512, 0, (4, 8)),
         ("fp32", "squared_hinge", "sgd", "atomic", 64, 0, (2, 16)),
+        ("f8", "bce", "adamw", "atomic", 128, 0, (4, 32)),
     )
     for group, (dtype, loss, kind, form, rows, width, pattern) in (
         *itertools.product((1, 16, 64), plain),
         *itertools.product((1, 16), patterned),
     ):
-        layer = _layer(group, _DTYPES[dtype], width, pattern)
+        layer = _layer(group, dtype, width, pattern)
         x_t = _empty(_FEATURES, rows, dtype=_DTYPES[dtype])
         d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
         rule, state = _rule(kind, layer)
@@ -113,21 +128,36 @@ def _densified() -> Iterator[tuple[str, Launch]]:
     rows, labels, fan_in = 128, 8192, 64
     dtype = torch.bfloat16
     dense = _empty(labels, _FEATURES, dtype=dtype)
-    for layer in (_layer(1, dtype, fan_in), *(_layer(1, dtype, 0, p) for p in _PATTERNS)):
-        title = _title(layer, "bf16", rows)
+    for name, pattern in (
+        *(("bf16", pattern) for pattern in (None, *_PATTERNS)),
+        *(("f8", pattern) for pattern in (None, (4, 8))),
+    ):
+        layer = _layer(1, name, fan_in, pattern)
+        title = _title(layer, name, rows)
         yield f"scatter {title}", densify.scatter_launch(layer, 8192, 16384, dense)
     scores, target = _empty(rows, labels), _empty(rows, labels, dtype=torch.uint8)
     bias, parts = _empty(labels, dtype=dtype), _empty(labels)
     for loss in ("bce", "squared_hinge"):
         tensors = (scores, bias, target, scores.to(dtype), _empty(labels, 1), parts)
         yield f"gradient {loss} bf16 B128", densify.gradient_launch(*tensors, loss, 0.01)
-    for kind, pattern in (*((kind, None) for kind in RULES), ("adamw", (4, 8))):
-        layer = _layer(1, dtype, fan_in, pattern)
-        rule, state = _rule(kind, label_range(layer, 0, labels))
-        memory = (layer.weight[:labels], state.weight_m, state.weight_v, None)
-        numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True)
-        launch = densify.update_launch(_empty(labels, _FEATURES), layer, memory, *numbers)
-        yield f"update {kind} {_title(layer, 'bf16', rows)}", launch
+    for name, kind, pattern in (
+        *(("bf16", kind, None) for kind in RULES),
+        ("bf16", "adamw", (4, 8)),
+        ("f8", "adamw", None),
+    ):
+        layer = _layer(1, name, fan_in, pattern)
+        part = label_range(layer, 0, labels)
+        rule, state = _rule(kind, part)
+        memory = (part.weight, state.weight_m, state.weight_v, None)
+        wide = densify.wide_rows(part, 0, labels)
+        numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True, part.scale, wide)
+        d_dense = _empty(labels, _FEATURES)
+        launch = densify.update_launch(d_dense, layer, memory, *numbers)
+        yield f"update {kind} {_title(layer, name, rows)}", launch
+        if wide is not None and layer.scale is not None:
+            codes = layer.weight.view(torch.uint8)
+            launch = quantize_launch(wide, codes, layer.scale, 8192, 12345)
+            yield f"quantize {_title(layer, name, rows)}", launch
 
 
 def _blocks() -> Iterator[tuple[str, Launch]]:
@@ -144,16 +174,18 @@ def _blocks() -> Iterator[tuple[str, Launch]]:
         ("fp16", 128, (4, 8), 1, "bce", "adamw", "atomic"),
         ("fp32", 64, (4, 8), 1, "bce", "adamw", "atomic"),
         ("fp32", 512, (4, 32), 16, "squared_hinge", "adagrad", "deterministic"),
+        ("f8", 128, (4, 8), 1, "bce", "sgd", "atomic"),
+        ("f8", 512, (4, 32), 16, "bce", "adamw", "deterministic"),
     ):
         dtype = _DTYPES[name]
-        layer = _layer(group, dtype, 0, pattern)
+        layer = _layer(group, name, 0, pattern)
         x_t, out = _empty(_FEATURES, rows, dtype=dtype), _empty(rows, _LABELS, dtype=dtype)
         title = _title(layer, name, rows)
         yield f"blocks forward {title}", blocks.forward_launch(x_t, layer, out, rows)
-        d_weight = torch.empty_like(layer.weight)
+        d_weight = gradient_like(layer.weight)
         yield f"blocks d_weight {title}", blocks.weight_launch(out, x_t, layer, d_weight, rows)
         common = (rows, start, stop)
-        grad = _empty(rows, stop - start, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
+        grad = _empty(rows, stop - start, dtype=torch.float32 if name.startswith("fp") else dtype)
         sums = (_empty(4, stop - start), _empty(4096), loss, 0.01)
         units = _empty(1024, dtype=torch.int64)
         launch = blocks.forward_launch(x_t, layer, grad, *(*common, pairs, units, *sums))
@@ -162,7 +194,9 @@ def _blocks() -> Iterator[tuple[str, Launch]]:
         yield f"blocks d_x {form} {title}", blocks.input_launch(grad, x_t, layer, d_x_t, *common)
         rule, state = _rule(kind, layer)
         numbers = (state, rule, constants(rule, 0.1, 1), 12345, kind != "")
-        launch = blocks.weight_launch(grad, x_t, layer, None, *(*common, *numbers))
+        launch = blocks.weight_launch(
+            grad, x_t, layer, None, *(*common, *numbers), wide=densify.wide_rows(layer, start, stop)
+        )
         yield f"blocks {kind or 'accumulate'} {title}", launch
 
 

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmc_kernels._triton.launch import Launch, cdiv
-from xmc_kernels._triton.layers import load_columns, pattern_constants
+from xmc_kernels._reference.fan_in import tile_weight
+from xmc_kernels._triton.float8 import decode, quantize_launch
+from xmc_kernels._triton.launch import Launch, bfloat16_product, cdiv
+from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
 from xmc_kernels._triton.losses import loss_and_gradient
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.tiles import dense_labels
@@ -29,7 +31,8 @@ _BLOCK_B = 32
 
 @triton.jit
 def _scatter_kernel(
-    weight_ptr,  # [C, F]
+    weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, F], or packed
     dense_ptr,  # [C, D], zeros
     start,
@@ -46,7 +49,11 @@ def _scatter_kernel(
     label, slot = offs // fan_in, offs % fan_in
     row = ((start + label) // group).to(tl.int64)
     column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    weight_ptr += start.to(tl.int64) * fan_in
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0)
+    if scale_ptr is not None:
+        weight = decode(weight) * tl.load(scale_ptr + start + label, mask=mask, other=0.0)
+    weight = weight.to(tl.float32)
     tl.store(dense_ptr + label.to(tl.int64) * features + column, weight, mask=mask)
 
 
@@ -92,6 +99,8 @@ def _update_kernel(
     d_dense_ptr,  # [C, D]
     index_ptr,  # [L/G, F] or packed, or None: entry k is column k
     param_ptr,  # [C, F]
+    scale_ptr,  # [C] of float8 parameters, or None
+    out_ptr,  # [C, F]: param_ptr, or float32
     m_ptr,
     v_ptr,
     kept_ptr,
@@ -126,13 +135,16 @@ def _update_kernel(
         column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
     at = label.to(tl.int64) * features + column
     grad = tl.load(d_dense_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    param = tl.load(param_ptr + offs, mask=mask, other=0.0)
+    param = tl.load(param_ptr + offs, mask=mask, other=0)
+    if scale_ptr is not None:
+        param = decode(param) * tl.load(scale_ptr + label, mask=mask, other=0.0)
     averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
     scales = (eps, mean_scale, root_scale)
     memory = (m_ptr, v_ptr, kept_ptr)
     apply(
         param,
-        param_ptr,
+        out_ptr + offs,
+        None,
         memory,
         offs,
         mask,
@@ -151,19 +163,18 @@ def _update_kernel(
 
 def scatter_launch(layer: Layer, start: int, stop: int, dense: Tensor) -> Launch:
     """Labels start..stop into zeros [C, D]."""
-    weight = layer.weight[start:stop]
+    size = (stop - start) * layer.fan_in
     arguments = {
-        "weight_ptr": weight,
-        "index_ptr": layer.index,
+        **layer_arguments(layer, bias=False),
         "dense_ptr": dense,
         "start": start,
-        "size": weight.numel(),
+        "size": size,
         "features": dense.shape[1],
         "fan_in": layer.fan_in,
         "group": layer.group,
     }
     values = {"BLOCK": _BLOCK, **pattern_constants(layer)}
-    return Launch(_scatter_kernel, cdiv(weight.numel(), _BLOCK), arguments, values)
+    return Launch(_scatter_kernel, cdiv(size, _BLOCK), arguments, values)
 
 
 def gradient_launch(
@@ -202,13 +213,18 @@ def update_launch(
     key: int,
     decay: float,
     update: bool,
+    scale: Tensor | None = None,  # [C]
+    out: Tensor | None = None,  # [C, F] float32
 ) -> Launch:
     """Parameters of labels from `start` on by the entries of their dense gradient."""
     param, m, v, kept = tensors
+    param = param if scale is None else param.view(torch.uint8)
     arguments = {
         "d_dense_ptr": d_dense,
         "index_ptr": None if layer is None else layer.index,
         "param_ptr": param,
+        "scale_ptr": scale,
+        "out_ptr": param if out is None else out,
         "m_ptr": m,
         "v_ptr": v,
         "kept_ptr": kept,
@@ -236,16 +252,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def dense_block(layer: Layer, start: int, stop: int, features: int, dtype: torch.dtype) -> Tensor:
     """Labels start..stop as a dense [C, D] block."""
     if layer.index is None:
-        return layer.weight[start:stop].to(dtype)
+        return tile_weight(layer, start, stop, dtype)
     dense = torch.zeros(stop - start, features, dtype=dtype, device=layer.weight.device)
     scatter_launch(layer, start, stop, dense).run()
     return dense
 
 
+def wide_rows(layer: Layer, start: int, stop: int) -> Tensor | None:
+    """Room for the new float32 weights of labels, where they are float8: rounded row by row."""
+    if layer.scale is None:
+        return None
+    return torch.empty(stop - start, layer.fan_in, device=layer.weight.device)
+
+
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """bfloat16 where both are and a GPU multiplies them, float32 otherwise."""
-    both = x.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if both and x.is_cuda else torch.float32
+    """bfloat16 where it holds both and a GPU multiplies them, float32 otherwise."""
+    return torch.bfloat16 if bfloat16_product(x, weight) and x.is_cuda else torch.float32
 
 
 def classifier_step(
@@ -290,10 +312,14 @@ def classifier_step(
         d_dense = product(grad.T, wide)
         memory = (part(state.weight_m), part(state.weight_v), part(state.grad_weight))
         common = (start, rule, numbers)
+        scale, out = part(layer.scale), wide_rows(layer, start, stop)
         update_launch(
             *(d_dense, layer, (layer.weight[start:stop], *memory), *common),
-            *(key["weight_key"], rule.weight_decay, update),
+            *(key["weight_key"], rule.weight_decay, update, scale, out),
         ).run()
+        if out is not None and layer.scale is not None and update:
+            codes = layer.weight.view(torch.uint8)
+            quantize_launch(out, codes, layer.scale, start, key["weight_key"]).run()
         if bias is not None:
             memory = (part(state.bias_m), part(state.bias_v), part(state.grad_bias))
             tensors = (bias[start:stop], *memory)

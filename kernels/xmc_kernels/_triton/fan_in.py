@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xmc_kernels._reference.fan_in import gradient_like
 from xmc_kernels._triton import blocks
+from xmc_kernels._triton.float8 import decode
 from xmc_kernels._triton.launch import (
     Launch,
     batch_major,
@@ -48,6 +50,7 @@ from xmc_kernels.layer import Layer
 def _fan_in_fwd_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L]
     out_ptr,  # [B, stride_ob]
@@ -74,11 +77,16 @@ def _fan_in_fwd_kernel(
         for step in tl.static_range(UNROLL):
             k = start + step
             mask = mask_l & (k < fan_in)
-            weight = tl.load(weight_ptr + at_weight + k, mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + at_weight + k, mask=mask, other=0)
+            if scale_ptr is not None:
+                weight = decode(weight)
+            weight = weight.to(tl.float32)
             column = load_columns(index_ptr, row, k, mask, fan_in, N_KEEP, M_BLOCK)
             x_row = x_t_ptr + column.to(tl.int64) * width
             x = tl.load(x_row[:, None] + offs_b[None, :], mask=mask[:, None], other=0.0)
             total += weight[:, None] * x.to(tl.float32)
+    if scale_ptr is not None:
+        total *= tl.load(scale_ptr + offs_l, mask=mask_l, other=0.0)[:, None]
     if bias_ptr is not None:
         total += tl.load(bias_ptr + offs_l, mask=mask_l, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + offs_b.to(tl.int64)[None, :] * stride_ob + offs_l[:, None]
@@ -89,6 +97,7 @@ def _fan_in_fwd_kernel(
 def _fan_in_shared_fwd_kernel(
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, F], or packed
     bias_ptr,  # [L]
     out_ptr,  # [B, stride_ob]
@@ -119,7 +128,7 @@ def _fan_in_shared_fwd_kernel(
         _, _, x = load_inputs(
             x_t_ptr, index_ptr, row, start, width, offs_b, fan_in, BLOCK_F, N_KEEP, M_BLOCK
         )
-        _, _, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+        _, _, weight = load_weight(weight_ptr, scale_ptr, label, mask_g, start, fan_in, BLOCK_F)
         total += scores(weight, x, DOT_DTYPE, PRECISION)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + label, mask=mask_g, other=0.0).to(tl.float32)[:, None]
@@ -132,6 +141,7 @@ def _fan_in_bwd_kernel(
     grad_ptr,  # [B, stride_gb]
     x_t_ptr,  # [D, width]
     weight_ptr,  # [L, F]
+    scale_ptr,  # [L] of float8 weights, or None
     index_ptr,  # [L/G, F], or packed
     d_x_t_ptr,  # [D, width], or [programs, D, width] where deterministic
     d_weight_ptr,  # [L, F]
@@ -162,7 +172,9 @@ def _fan_in_bwd_kernel(
         row = (unit // parts).to(tl.int64)
         label = unit // parts * group + offs_g
         for start in range(0, fan_in, BLOCK_F):
-            at, mask_w, weight = load_weight(weight_ptr, label, mask_g, start, fan_in, BLOCK_F)
+            at, mask_w, weight = load_weight(
+                weight_ptr, scale_ptr, label, mask_g, start, fan_in, BLOCK_F
+            )
             d_weight = tl.zeros((BLOCK_G, BLOCK_F), tl.float32)
             for first in range(0, width, BLOCK_B):
                 offs_b = first + tl.arange(0, BLOCK_B)
@@ -231,8 +243,7 @@ def backward_launch(
     arguments = {
         "grad_ptr": grad,
         "x_t_ptr": x_t,
-        "weight_ptr": layer.weight,
-        "index_ptr": layer.index,
+        **layer_arguments(layer, bias=False),
         "d_x_t_ptr": d_x_t,
         "d_weight_ptr": d_weight,
         "num_rows": num_rows,
@@ -297,7 +308,7 @@ def fan_in_linear_backward(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(layer.weight)
+        return torch.zeros_like(x), gradient_like(layer.weight).zero_()
     if (by or layer_strategy(layer)) == "blocks":
         return blocks.backward(grad, x, layer, deterministic)
     tiles = unit_tiles(x.shape[0], layer, x.dtype)
@@ -305,6 +316,6 @@ def fan_in_linear_backward(
     x_t = feature_major(x, tiles.block_b)
     parts = deterministic_programs(x_t, units) if deterministic else 0
     d_x_t = input_gradient_buffer(x_t, parts)
-    d_weight = torch.empty_like(layer.weight)
+    d_weight = gradient_like(layer.weight)
     backward_launch(grad, x_t, layer, d_x_t, d_weight, x.shape[0]).run()
     return batch_major(d_x_t, x.shape[0], x.dtype), d_weight

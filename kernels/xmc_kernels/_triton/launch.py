@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from xmc_kernels import float8
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when it was imported)."""
 
@@ -75,6 +77,11 @@ def input_gradient_buffer(x_t: Tensor, parts: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=x_t.device)
 
 
+def bfloat16_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether bfloat16 holds x and weight exactly (as it does float8 times a power of two)."""
+    return x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, float8.DTYPE)
+
+
 def dot_settings(x: Tensor, weight: Tensor) -> dict[str, Any]:
     """How tensor cores multiply these: DOT_DTYPE and PRECISION of the kernels.
 
@@ -82,7 +89,7 @@ def dot_settings(x: Tensor, weight: Tensor) -> dict[str, Any]:
     float16 would flush to zero. float32 through three TF32 products, about as exact as float32.
     The interpreter computes wrongly in bfloat16, so it gets float32.
     """
-    if x.dtype == weight.dtype == torch.bfloat16 and not INTERPRETED:
+    if bfloat16_product(x, weight) and not INTERPRETED:
         return {"DOT_DTYPE": triton.language.bfloat16, "PRECISION": "tf32"}
     halves = x.dtype != torch.float32 and weight.dtype != torch.float32
     return {

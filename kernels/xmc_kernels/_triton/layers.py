@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,9 +33,15 @@ def load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP: tl.constexpr, M_BLO
         return slot // N_KEEP * M_BLOCK + ((word >> shift) & (M_BLOCK - 1))
 
 
-def layer_arguments(layer: Layer) -> dict[str, Tensor | None]:
-    """The pointers of a kernel on a sparse layer."""
-    return {"weight_ptr": layer.weight, "index_ptr": layer.index, "bias_ptr": layer.bias}
+def layer_arguments(layer: Layer, *, bias: bool = True) -> dict[str, Tensor | None]:
+    """The pointers of a kernel on a sparse layer; bytes stand for float8 weights."""
+    weight = layer.weight if layer.scale is None else layer.weight.view(torch.uint8)
+    return {
+        "weight_ptr": weight,
+        "scale_ptr": layer.scale,
+        "index_ptr": layer.index,
+        **({"bias_ptr": layer.bias} if bias else {}),
+    }
 
 
 def pattern_constants(layer: Layer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from xmc_kernels._triton.float8 import decode
 from xmc_kernels._triton.layers import load_columns
 
 
@@ -36,12 +37,16 @@ def load_inputs(
 
 
 @triton.jit
-def load_weight(weight_ptr, label, mask_g, start_f, fan_in, BLOCK_F: tl.constexpr):
-    """Offsets, mask and values of weights [G, F]."""
+def load_weight(weight_ptr, scale_ptr, label, mask_g, start_f, fan_in, BLOCK_F: tl.constexpr):
+    """Offsets, mask and values of weights [G, F]; float8 ones as float32."""
     offs_f = start_f + tl.arange(0, BLOCK_F)
     offs = label.to(tl.int64)[:, None] * fan_in + offs_f[None, :]
     mask = mask_g[:, None] & (offs_f < fan_in)[None, :]
-    return offs, mask, tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + label, mask=mask_g, other=0.0)
+        weight = decode(weight) * scale[:, None]
+    return offs, mask, weight
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xmc_kernels._triton.launch import cdiv, power_of_2
+from xmc_kernels._triton.launch import bfloat16_product, cdiv, power_of_2
 from xmc_kernels.layer import Layer
 
 PARTIAL_BYTES = 48 * 2**20
@@ -129,9 +129,10 @@ def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool =
             num_warps = most.num_warps
         return replace(most, block_f=block_f, block_b=block_b, num_warps=num_warps)
     block_g = min(max(16, power_of_2(group)), most.block_g)
-    if fused and block_g == 32 and block_f < 64:
+    decoded = layer.pattern is not None or layer.scale is not None
+    if fused and block_g == 32 and (block_f < 64 or layer.scale is not None):
         block_b = min(block_b, 64)
-    small = not (fused or wide or block_g == most.block_g or layer.pattern)
+    small = not (fused or wide or block_g == most.block_g or decoded)
     num_warps = 4 if small else most.num_warps
     return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
 
@@ -164,7 +165,7 @@ def dense_labels(x: Tensor, num_labels: int) -> int:
     """Labels of a densified block whose scratch stays within SCRATCH_BYTES.
 
     A label costs 4 bytes per row for its score, 4 and 1 for gradient and target, and up to 8 per
-    feature for weight and gradient.
+    feature for weight and gradient (float8 weights take 4 more per slot, not counted).
     """
     num_rows, features = x.shape
     most = SCRATCH_BYTES // (9 * num_rows + 8 * features) // 128 * 128
@@ -179,8 +180,12 @@ def score_labels(x: Tensor, num_labels: int, group: int) -> int:
 
 
 def gradient_labels(num_rows: int, layer: Layer, itemsize: int, block_l: int) -> int:
-    """Labels whose loss gradient [B, labels] fits SCRATCH_BYTES: a multiple of block_l, or all."""
-    most = SCRATCH_BYTES // max(1, num_rows * itemsize) // block_l
+    """Labels whose loss gradient fits SCRATCH_BYTES: a multiple of block_l, or all.
+
+    New float8 weights take float32 room beside it.
+    """
+    label = num_rows * itemsize + (0 if layer.scale is None else 4 * layer.fan_in)
+    most = SCRATCH_BYTES // max(1, label) // block_l
     return min(max(1, most) * block_l, layer.num_labels)
 
 
@@ -200,8 +205,7 @@ def strategy(x: Tensor, layer: Layer, deterministic: bool) -> str:
     units, and neither gathers nor scattered atomics. Deterministic steps do not densify: the order
     inside a library's product is its own affair.
     """
-    both = x.dtype == layer.weight.dtype == torch.bfloat16
-    key = (layer.group > 1, layer.pattern is not None, both)
+    key = (layer.group > 1, layer.pattern is not None, bfloat16_product(x, layer.weight))
     steps = table(layer.weight.device).strategies[key]
     chosen = [name for rows, name in steps if rows <= max(1, len(x))][-1]
     if deterministic and chosen == "densify":

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels._reference.topk import from_key, order_key
-from xmc_kernels._triton.densify import product, product_dtype
+from xmc_kernels._triton.densify import dense_block, product, product_dtype
 from xmc_kernels._triton.fan_in import scorer
 from xmc_kernels._triton.launch import Launch, cdiv, power_of_2
 from xmc_kernels._triton.layers import label_range
@@ -126,7 +126,7 @@ def _scorer(x: Tensor, layer: Layer) -> Callable[[int, int], Tensor]:
         wide = x.to(dtype)
 
         def dense(start: int, stop: int) -> Tensor:
-            scores = product(wide, weight[start:stop].to(dtype).T)
+            scores = product(wide, dense_block(layer, start, stop, x.shape[1], dtype).T)
             return scores if bias is None else scores.add_(bias[start:stop])
 
         return dense

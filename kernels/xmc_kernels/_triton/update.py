@@ -8,31 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels import rounding
+from xmc_kernels._triton.float8 import encode, row_scale
+from xmc_kernels._triton.noise import noise
 from xmc_kernels.update import UpdateRule
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
 
 
 @triton.jit
 def stochastic_round(value, key, rows, columns):
     """float32 as bfloat16; rows and columns are int32 and broadcast to value's shape."""
-    row = _mix((rows ^ key).to(tl.uint32, bitcast=True))
-    column = columns.to(tl.uint32, bitcast=True) * 0x9E3779B9
     bits = value.to(tl.uint32, bitcast=True)
-    raised = (bits + (_mix(row ^ column) >> 16)) & 0xFFFF0000
+    raised = (bits + (noise(key, rows, columns) >> 16)) & 0xFFFF0000
     finite = (bits & 0x7F800000) != 0x7F800000
     return tl.where(finite, raised.to(tl.float32, bitcast=True), value).to(tl.bfloat16)
 
 
 @triton.jit
 def apply(
-    param,  # loaded from param_ptr at offs
-    param_ptr,
+    param,
+    out,  # pointers to where the new value goes: to where param comes from, or to float32
+    scale_ptr,  # of float8 parameters, whose whole rows these must be; None for all others
     memory,  # pointers of m, v and accumulated gradient, each may be None
     offs,
     mask,
@@ -47,7 +41,7 @@ def apply(
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
-    """Update param at offs in place, or add grad to what is kept.
+    """Update param, whose memory is at offs, or add grad to what is kept.
 
     A tile smaller than the program is held by several threads: the barrier keeps one of them from
     loading what another has already stored.
@@ -85,10 +79,16 @@ def apply(
             else:
                 tl.debug_barrier()
             new -= lr * grad
-        if param_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(param_ptr + offs, stochastic_round(new, key, rows, columns), mask=mask)
+        if scale_ptr is not None:
+            new = tl.where(mask, new, 0.0)
+            scale = row_scale(tl.max(tl.abs(new), axis=1, keep_dims=True))
+            exists = tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0
+            tl.store(scale_ptr + rows, scale, mask=exists)
+            tl.store(out, encode(new, scale, noise(key, rows, columns)), mask=mask)
+        elif out.dtype.element_ty == tl.bfloat16:
+            tl.store(out, stochastic_round(new, key, rows, columns), mask=mask)
         else:
-            tl.store(param_ptr + offs, new, mask=mask)
+            tl.store(out, new, mask=mask)
     else:
         tl.debug_barrier()
         tl.store(kept_ptr + offs, grad, mask=mask)
