@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import config as inductor
 
-from xmc.nn.transformer import TransformerEncoder
+from xmc.nn.compiler import missing_compiler
+from xmc.nn.transformer import CompileWarning, TransformerEncoder
 from xmc.types import Tokens
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "wireless", "mouse", "red", "garden", "hose", "long"]
@@ -133,6 +137,122 @@ def test_bfloat16_autocast_keeps_float32_outside(
     gradient = bert.encoder.layer[0].output.dense.weight.grad
     assert gradient.dtype == torch.float32
     assert bool(gradient.isfinite().all())
+
+
+def test_float16_autocast_keeps_float32_outside(
+    bert: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    tokens = encode(tokenizer, ["red mouse", "long red garden hose"])
+    exact = TransformerEncoder(bert)(tokens)
+    reps = TransformerEncoder(bert, autocast="float16")(tokens)
+    assert reps.dtype == torch.float32
+    difference = float((reps - exact).detach().abs().max())
+    assert 0 < difference < 0.005 * float(exact.detach().abs().max())
+
+
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(
+    bert: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    """Dropout included: the second forward pass draws what the first drew."""
+    tokens = encode(tokenizer, ["red mouse", "long red garden hose"])
+    d_reps = torch.randn(2, 16)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(bert)
+        encoder = TransformerEncoder(model, dropout=0.2, checkpointing=checkpointing).train()
+        encoder.zero_grad()
+        numbers = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal numbers
+            numbers += tensor.numel()
+            return tensor
+
+        torch.manual_seed(4)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            reps = encoder(tokens)
+        reps.backward(d_reps)
+        kept.append(numbers)
+        grads = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+        gradients.append(grads)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_compiling_keeps_numbers_and_names(
+    bert: transformers.BertModel,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through Dynamo and its eager backend, which needs no compiler and shares all but the last."""
+    compile_ = nn.Module.compile
+    asked: list[dict[str, Any]] = []
+
+    def compile_eagerly(self: nn.Module, **options: Any) -> None:
+        asked.append(options)
+        compile_(self, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    plain = TransformerEncoder(bert)
+    batches = [["red mouse", "long red garden hose"], ["hose"], ["red mouse red", "red", "long"]]
+    expected = [plain(encode(tokenizer, texts)) for texts in batches]
+    names = list(plain.state_dict())
+    encoder = TransformerEncoder(bert, compile=True)
+    for texts, reps in zip(batches, expected, strict=True):
+        torch.testing.assert_close(encoder(encode(tokenizer, texts)), reps)
+    assert asked == [{"dynamic": True}]
+    assert list(encoder.state_dict()) == names
+
+
+@pytest.fixture
+def no_cpp_compiler() -> Iterator[None]:
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+
+
+@pytest.mark.usefixtures("no_cpp_compiler")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_a_compiler_one_warning_and_the_same_numbers(
+    bert: transformers.BertModel,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+) -> None:
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    assert "compiler and finds none" in missing_compiler(torch.device(device))
+    if device == "cuda":
+        monkeypatch.setattr("xmc.nn.compiler.find_spec", lambda name: None)
+        assert missing_compiler(torch.device(device)).endswith("triton, which is not installed")
+        return
+    tokens = encode(tokenizer, ["red mouse", "long red garden hose"])
+    exact = TransformerEncoder(bert)(tokens)
+    encoder = TransformerEncoder(bert, compile=True)
+    message = r"encoder\.compile: torch\.compile needs a C\+\+ compiler .*; training goes on uncomp"
+    with pytest.warns(CompileWarning, match=message) as caught:
+        reps = encoder(tokens)
+    assert len(caught) == 1
+    assert torch.equal(reps, exact)
+    assert torch.equal(encoder(tokens), exact)  # and no second warning, which would be an error
+
+
+@pytest.mark.slow  # half a minute of g++
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_compiled_by_inductor(bert: transformers.BertModel) -> None:
+    if missing_compiler(torch.device("cpu")):
+        pytest.skip("needs a C++ compiler")
+    ids = torch.randint(4, 10, (3, 7))
+    tokens = Tokens(ids, torch.ones_like(ids))
+    d_reps = torch.randn(3, 16)
+    gradients = []
+    for compile in (False, True):
+        encoder = TransformerEncoder(bert, compile=compile)
+        encoder.zero_grad()
+        encoder(tokens).backward(d_reps)
+        gradients.append(bert.encoder.layer[0].output.dense.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_only_in_training(

@@ -1,8 +1,14 @@
-"""The layers of a transformer by depth: to freeze the lowest, or to train them more slowly."""
+"""The layers of a transformer: freeze the lowest, train them more slowly, or keep less of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -53,3 +59,20 @@ def freeze_(model: nn.Module, num_layers: int) -> None:
     for name, parameter in model.named_parameters():
         if depths[name] <= num_layers:
             parameter.requires_grad_(False)
+
+
+def recompute_layers_(model: nn.Module) -> None:
+    """In training keep the inputs of each layer alone; backward runs its forward pass again.
+
+    The second pass draws the dropout of the first. Raises ValueError where there are no layers.
+    """
+    _, layers = layers_of(model)
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer, layer.forward)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*inputs, **options)
+    # Not the reentrant kind: it needs inputs with gradients, which frozen embeddings do not give.
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.nn.compiler import missing_compiler
+from xmc.nn.layers import recompute_layers_
 from xmc.nn.warm_start import encoder_half, model_folder, read_encoder
 from xmc.types import Tokens
 
@@ -34,8 +35,8 @@ class TransformerEncoder(nn.Module):
     time. `compile` hands the model to torch.compile at its first batch, in place; where no compiler
     is installed it says so in one CompileWarning and goes on without.
 
-    Raises ValueError where the model cannot be had, a batch does not fit it, or it knows no
-    checkpointing.
+    Raises ValueError where the model cannot be had, a batch does not fit it, or `checkpointing`
+    finds no layers in it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class TransformerEncoder(nn.Module):
         self.autocast = autocast
         self.dropout = nn.Dropout(dropout)
         if checkpointing:
-            _enable_checkpointing(self.model)
+            recompute_layers_(self.model)
         self._to_compile = compile
 
     @classmethod
@@ -133,15 +134,6 @@ def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     real = mask.bool().unsqueeze(2)
     total = hidden.masked_fill(~real, 0).sum(1)
     return total / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(
-            f"encoder.checkpointing: {type(model).__name__} knows no gradient checkpointing"
-        )
-    # Not the reentrant kind: it needs inputs with gradients, which frozen embeddings do not give.
-    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:
