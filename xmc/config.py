@@ -111,6 +111,15 @@ class HeadConfig:
     """Summed over labels, mean over examples."""
     bias_init: Literal["zero", "log_prior"] = "log_prior"
     """log_prior: logit of the label's frequency, so that training starts at the base rate."""
+    order: Literal["none", "random", "frequency", "cluster"] = "none"
+    """Order of the labels inside the classifier, which decides who shares features where group_size
+    is above 1. cluster: labels of similar training texts side by side, best for groups; random:
+    to compare with. Predictions and files go by label ids all the same."""
+    dense_share: OpenShare = 0.0
+    """Share of the labels, the most frequent, that read every feature (2 to 10% are published);
+    the others stay sparse, in the order above."""
+    dense_lr_scale: Rate = 1.0
+    """Learning rate of these dense rows, as a multiple of classifier_optimizer.lr."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """e: a positive counts (1 - e) * loss(positive) + e * loss(negative), which for bce is a target
     of 1 - e. Negatives stay 0, so that nothing dense is added."""
@@ -125,7 +134,12 @@ class HeadConfig:
     """See propensity_a."""
 
     def __post_init__(self) -> None:
-        sparse_only = {"pattern": self.pattern, "weight_dtype": self.weight_dtype == "float8"}
+        sparse_only = {
+            "pattern": self.pattern,
+            "weight_dtype": self.weight_dtype == "float8",
+            "order": self.order != "none",
+            "dense_share": self.dense_share,
+        }
         for name, wanted in sparse_only.items():
             if wanted and self.kind != "sparse":
                 raise ValueError(

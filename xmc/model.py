@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from xmc.config import Config, ConfigError, from_dict, to_dict
 from xmc.data.features import Features, load_features
 from xmc.files import write_file, write_json
+from xmc.heads.arranged import ArrangedHead
 from xmc.heads.classifier import ClassifierHead
+from xmc.heads.order import is_arranged
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
 from xmc.nn.lora import add_lora_, merged_weights
@@ -45,7 +47,7 @@ class XMCModel(nn.Module):
         features: Features,
         labels: list[str],
         encoder: BagEncoder | TransformerEncoder,
-        head: ClassifierHead,
+        head: ClassifierHead | ArrangedHead,
         intermediate: nn.Module | None = None,  # between encoder and head; None: nothing
     ) -> None:
         super().__init__()
@@ -88,8 +90,9 @@ class XMCModel(nn.Module):
         return dict(self.state_dict(keep_vars=False))
 
     def num_bytes(self) -> int:
-        """Bytes of all weights and indices."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.weights().values())
+        """Bytes of all weights and indices in memory, padding and what is in no file included."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def build_model(
@@ -99,20 +102,26 @@ def build_model(
     *,
     label_shares: Tensor | None = None,  # [L], share of training rows that carry each label
     positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
+    order: Tensor | None = None,  # [L], the label of each row of the classifier
 ) -> XMCModel:
-    """A fresh model with weights drawn from torch's global generator."""
-    if config.head.positive_weight != "none" and positive_weight is None:
-        raise ValueError(
-            f"expected positive_weight [{len(labels)}] for head.positive_weight = "
-            f'"{config.head.positive_weight}", got None'
-        )
+    """A fresh model with weights drawn from torch's global generator.
+
+    Raises ValueError where the recipe wants what the caller has to bring and has not.
+    """
+    wanted = {
+        "positive_weight": (config.head.positive_weight != "none", positive_weight),
+        "order": (config.head.order != "none" or config.head.dense_share > 0, order),
+    }
+    for name, (needed, given) in wanted.items():
+        if needed and given is None:
+            raise ValueError(f"expected {name} [{len(labels)}] for this recipe's head, got None")
     encoder = _build_encoder(config, features, config.encoder.model)
     intermediate, width = _build_intermediate(config, encoder.out_features)
-    head = ClassifierHead.from_config(
+    head = _build_head(
+        config,
         width,
         len(labels),
-        config.head,
-        config.classifier_optimizer,
+        order,
         label_shares=label_shares,
         positive_weight=positive_weight,
     )
@@ -155,9 +164,7 @@ def load_model(folder: Path) -> XMCModel:
         encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
     with torch.device("meta"):
         intermediate, width = _build_intermediate(config, encoder.out_features)
-        head = ClassifierHead.from_config(
-            width, len(labels), config.head, config.classifier_optimizer
-        )
+        head = _build_head(config, width, len(labels))
     model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
     try:
@@ -206,6 +213,35 @@ def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | N
     activations = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
     linear = nn.Linear(in_features, options.intermediate)
     return nn.Sequential(linear, activations[options.activation]()), options.intermediate
+
+
+def _build_head(
+    config: Config,
+    in_features: int,
+    num_labels: int,
+    order: Tensor | None = None,
+    *,
+    label_shares: Tensor | None = None,
+    positive_weight: Tensor | None = None,
+) -> ClassifierHead | ArrangedHead:
+    if is_arranged(num_labels, config.head):
+        return ArrangedHead.from_config(
+            in_features,
+            num_labels,
+            config.head,
+            config.classifier_optimizer,
+            order=order,
+            label_shares=label_shares,
+            positive_weight=positive_weight,
+        )
+    return ClassifierHead.from_config(
+        in_features,
+        num_labels,
+        config.head,
+        config.classifier_optimizer,
+        label_shares=label_shares,
+        positive_weight=positive_weight,
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -237,11 +237,17 @@ class TopK:
             )
         scores = torch.cat([self.scores, other.scores], 1)
         labels = torch.cat([self.labels, other.labels], 1)
+        both, k = TopK(scores, labels).ranked(), self.scores.shape[1]
+        return TopK(both.scores[:, :k], both.labels[:, :k])
+
+    def ranked(self) -> TopK:
+        """The same entries, best first, ties broken by the lower label id, padding last."""
         # A stable sort by score of label-sorted entries breaks ties by the lower label;
         # padding (label -1) has score -inf and is sent last.
-        by_label = torch.where(labels < 0, torch.iinfo(labels.dtype).max, labels).argsort(1)
-        scores, labels = scores.gather(1, by_label), labels.gather(1, by_label)
-        best = scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
+        last = torch.iinfo(self.labels.dtype).max
+        by_label = torch.where(self.labels < 0, last, self.labels).argsort(1)
+        scores, labels = self.scores.gather(1, by_label), self.labels.gather(1, by_label)
+        best = scores.argsort(dim=1, descending=True, stable=True)
         return TopK(scores.gather(1, best), labels.gather(1, best))
 
 

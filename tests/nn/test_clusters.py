@@ -230,3 +230,19 @@ def test_files_bring_the_same_clusters_back(tmp_path: Path, max_labels: int) -> 
         Clusters.load(path)
     with pytest.raises(ValueError, match="expected label clusters, got no such file"):
         Clusters.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("num_labels", [37, 64, 200])
+def test_coarser_clusters_are_those_of_a_larger_size(num_labels: int) -> None:
+    features = random_features(num_labels)
+    features[::9] = 0  # labels without features are dealt evenly
+    fine = cluster_labels(features, max_labels=3, seed=4)
+    for max_labels in (3, 5, 20, 300):
+        coarse = fine.coarser(max_labels)
+        coarse.validate()
+        expected = cluster_labels(features, max_labels=max_labels, seed=4)
+        assert len(coarse) == len(expected)
+        assert torch.equal(coarse.assignment, expected.assignment)
+        assert torch.equal(coarse.order, fine.order)
+    with pytest.raises(ValueError, match=r"expected at least .* clusters to join to 1 labels each"):
+        fine.coarser(1)

@@ -25,9 +25,9 @@ from xmc.training.auxiliary import (
     PartMeter,
     auxiliary_share,
     cluster_shares,
-    find_clusters,
     make_auxiliary,
 )
+from xmc.training.clusters import find_clusters
 from xmc.training.log import read_log
 from xmc.training.run import prepare_data, train
 from xmc.training.trainer import Interrupted, Trainer

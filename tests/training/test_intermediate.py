@@ -14,7 +14,8 @@ from xmc.config import Config, ConfigError, from_dict
 from xmc.data.batches import epoch_batches, epoch_order
 from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model, save_model
-from xmc.training.auxiliary import find_clusters, make_auxiliary
+from xmc.training.auxiliary import make_auxiliary
+from xmc.training.clusters import find_clusters
 from xmc.training.run import prepare_data
 from xmc.training.trainer import Trainer, backward, pulled_back
 

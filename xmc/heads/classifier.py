@@ -211,7 +211,11 @@ class ClassifierHead(nn.Module):
             if reps is None or labels is None:
                 raise ValueError("rewire.method: rigl needs the representations and labels of rows")
             growth = growth_scores(
-                *(reps, labels, self.layer.weight, self.layer.index, self.layer.bias),
+                reps,
+                labels,
+                self.layer.weight,
+                self.layer.index,
+                self.layer.bias,
                 **self._storage,
                 **self._objective,
             )

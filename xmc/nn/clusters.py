@@ -65,6 +65,22 @@ class Clusters:
         torch.cumsum(counts, 0, out=indptr[1:])
         return SparseLabels(indptr, (keys % self.num_clusters).int(), self.num_clusters)
 
+    def coarser(self, max_labels: int) -> Clusters:
+        """Sibling clusters joined until they hold up to `max_labels` labels.
+
+        They are what `cluster_labels` finds with that `max_labels` and the same features and seed;
+        only the order inside a cluster is finer. ValueError where there are too few to join.
+        """
+        wanted = num_clusters_for(self.num_labels, max_labels)
+        if self.num_clusters % wanted:
+            raise ValueError(
+                f"expected at least {wanted} clusters to join to {max_labels} labels each, "
+                f"got {self.num_clusters}"
+            )
+        joined = self.num_clusters // wanted
+        assignment = self.assignment.div(joined, rounding_mode="floor")
+        return Clusters(assignment, wanted, self.order)
+
     def validate(self) -> None:
         """Raise ValueError on the first rule that does not hold."""
         if self.assignment.dtype != torch.int32 or self.order.dtype != torch.int64:

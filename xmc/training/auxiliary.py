@@ -1,24 +1,20 @@
-"""The auxiliary objective of a run: its clusters, its share of the loss, what is logged of it."""
+"""The auxiliary objective of a run: its head, its share of the loss, what is logged of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from xmc.config import Config, ConfigError
+from xmc.config import Config
 from xmc.data.batches import Dataset
-from xmc.data.label_features import label_features
-from xmc.data.progress import track
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.head import HeadResult
-from xmc.nn.clusters import Clusters, cluster_labels
+from xmc.nn.clusters import Clusters
 from xmc.types import SparseLabels
 
-CLUSTERS_FILE = "clusters.safetensors"  # in the run folder
 _COUNT_ROWS = 1 << 16  # rows counted at a time
 
 
@@ -32,32 +28,6 @@ def auxiliary_share(step: int, *, scale: float, cutoff: int) -> float:
     return 0.5 * scale * (1.0 + math.cos(math.pi * step / cutoff))
 
 
-def find_clusters(config: Config, train_set: Dataset) -> Clusters | None:
-    """Clusters by the features of the training rows; None without an auxiliary objective.
-
-    Raises ConfigError where the labels are too few for two clusters.
-    """
-    options = config.auxiliary
-    if options.kind == "none":
-        return None
-    if train_set.num_labels <= options.max_labels:
-        raise ConfigError(
-            f"auxiliary.max_labels: expected fewer than the {train_set.num_labels} labels, "
-            f"so that there are two clusters at least, got {options.max_labels}"
-        )
-    return cluster_labels(
-        label_features(train_set),
-        max_labels=options.max_labels,
-        seed=config.train.seed,
-        track=lambda levels: track(levels, "Clustering labels", total=len(levels)),
-    )
-
-
-def load_clusters(config: Config, run: Path) -> Clusters | None:
-    """The clusters of a run that is gone on with; ValueError where its file is damaged."""
-    return None if config.auxiliary.kind == "none" else Clusters.load(run / CLUSTERS_FILE)
-
-
 def make_auxiliary(
     config: Config,
     clusters: Clusters | None,
@@ -65,9 +35,10 @@ def make_auxiliary(
     in_features: int,
     device: torch.device,
 ) -> AuxiliaryHead | None:
-    """A fresh auxiliary head, None without clusters; starts as the classifier's bias does."""
-    if clusters is None:
+    """A fresh auxiliary head, None without the objective; starts as the classifier's bias does."""
+    if clusters is None or config.auxiliary.kind == "none":
         return None
+    clusters = clusters.coarser(config.auxiliary.max_labels)
     shares = None
     if config.head.bias_init == "log_prior":
         shares = cluster_shares(clusters, train_set.labels)

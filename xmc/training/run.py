@@ -20,9 +20,11 @@ from xmc.data.features import fit_features
 from xmc.data.formats import has_split, read_labels
 from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
+from xmc.heads.order import label_order
 from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
-from xmc.training.auxiliary import CLUSTERS_FILE, find_clusters, load_clusters, make_auxiliary
+from xmc.training.auxiliary import make_auxiliary
+from xmc.training.clusters import CLUSTERS_FILE, find_clusters, load_clusters
 from xmc.training.trainer import Trainer
 
 _PACKAGES = ("xmc-toolkit", "torch", "numpy", "numba", "transformers")
@@ -62,7 +64,10 @@ def train(
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
-    clusters = None if resume else find_clusters(config, train_set)
+    record = _record(config, data, train_set, validation_set)
+    if resume:
+        _check_same_data(out, record)
+    clusters = load_clusters(config, out) if resume else find_clusters(config, train_set)
     torch.manual_seed(config.train.seed)
     model = build_model(
         config,
@@ -70,13 +75,15 @@ def train(
         labels,
         label_shares=_label_shares(train_set),
         positive_weight=_positive_weight(config.head, train_set),
+        order=label_order(
+            train_set.label_frequencies(),
+            config.head,
+            clusters=clusters,
+            seed=config.train.seed,
+        ),
     )
     model.to(device)
-    record = _record(config, data, train_set, validation_set)
-    if resume:
-        _check_same_data(out, record)
-        clusters = load_clusters(config, out)
-    else:
+    if not resume:
         out.mkdir(parents=True, exist_ok=True)
         if clusters is not None:
             clusters.save(out / CLUSTERS_FILE)

@@ -1,0 +1,50 @@
+"""The label clusters of a run: found once, for the order of labels and the auxiliary objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xmc.config import Config, ConfigError
+from xmc.data.batches import Dataset
+from xmc.data.label_features import label_features
+from xmc.data.progress import track
+from xmc.nn.clusters import Clusters, cluster_labels
+
+CLUSTERS_FILE = "clusters.safetensors"  # in the run folder
+
+
+def find_clusters(config: Config, train_set: Dataset) -> Clusters | None:
+    """Clusters by the features of the training rows; None where the recipe uses none.
+
+    As fine as the finer of both uses needs them; `Clusters.coarser` gives the other. Raises
+    ConfigError where the labels are too few for two clusters of an auxiliary objective.
+    """
+    options = config.auxiliary
+    if not _sizes(config):
+        return None
+    if options.kind != "none" and train_set.num_labels <= options.max_labels:
+        raise ConfigError(
+            f"auxiliary.max_labels: expected fewer than the {train_set.num_labels} labels, "
+            f"so that there are two clusters at least, got {options.max_labels}"
+        )
+    return cluster_labels(
+        label_features(train_set),
+        max_labels=min(_sizes(config)),
+        seed=config.train.seed,
+        track=lambda levels: track(levels, "Clustering labels", total=len(levels)),
+    )
+
+
+def load_clusters(config: Config, run: Path) -> Clusters | None:
+    """The clusters of a run that is gone on with; ValueError where its file is damaged."""
+    return Clusters.load(run / CLUSTERS_FILE) if _sizes(config) else None
+
+
+def _sizes(config: Config) -> list[int]:
+    """The most labels of a cluster, for each use that the recipe makes of clusters."""
+    sizes = [] if config.auxiliary.kind == "none" else [config.auxiliary.max_labels]
+    if config.head.order == "cluster":
+        # Leaves of at most a group; without groups neighbours share nothing, and any size will do.
+        group = config.head.group_size
+        sizes.append(group if group > 1 else config.auxiliary.max_labels)
+    return sizes
