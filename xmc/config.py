@@ -262,6 +262,9 @@ class TrainConfig:
     """Examples scored at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    label_texts: bool = False
+    """Train on the text of each label too, as a row of that label. Such rows count in no frequency,
+    propensity or validation."""
     seed: NonNegative = 42
     """Decides weights, patterns, dropout, validation rows and the order of examples."""
 

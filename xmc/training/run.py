@@ -18,6 +18,7 @@ from xmc.config import Config, ConfigError, HeadConfig, load_recipe, to_dict
 from xmc.data.batches import Dataset, load_dataset, train_validation_split
 from xmc.data.features import fit_features
 from xmc.data.formats import has_split, read_labels
+from xmc.data.label_texts import with_label_texts
 from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
 from xmc.heads.order import label_order
@@ -64,7 +65,11 @@ def train(
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
+    rows = train_set  # what is trained on: its statistics are those of the documents alone
+    if config.train.label_texts:
+        rows = with_label_texts(train_set, data, features, cache=cache)
     record = _record(config, data, train_set, validation_set)
+    record["label_text_rows"] = len(rows) - len(train_set)
     if resume:
         _check_same_data(out, record)
     clusters = load_clusters(config, out) if resume else find_clusters(config, train_set)
@@ -92,7 +97,7 @@ def train(
     trainer = Trainer(
         model,
         config,
-        train_set,
+        rows,
         validation_set,
         out,
         # Held by the trainer alone, which drops it at the cut-off.
