@@ -1,0 +1,87 @@
+"""Every kernel once on small odd shapes: what `scripts/gpu_check` runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xmc_kernels import float8
+from xmc_kernels._reference import classifier as reference_step
+from xmc_kernels._reference import fan_in as reference
+from xmc_kernels._reference import topk as reference_topk
+from xmc_kernels.layer import Layer
+from xmc_kernels.update import UpdateRule, make_state
+
+LAYERS = [
+    # slots, labels that share an index row, dtype of the weights
+    (7, 1, torch.bfloat16),
+    (70, 5, torch.float32),
+    (7, 1, float8.DTYPE),
+    (70, 5, float8.DTYPE),
+    ((3, 8), 1, torch.bfloat16),
+    ((5, 32), 5, torch.float16),
+    ((3, 8), 1, float8.DTYPE),
+    (None, 1, torch.bfloat16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [13, 141])
+@pytest.mark.parametrize(("slots", "group", "dtype"), LAYERS, ids=str)
+def test_every_kernel_stays_in_its_tensors(
+    slots, group, dtype, rows, problem, patterned, device, monkeypatch
+) -> None:
+    from xmc_kernels._triton import classifier, densify, fan_in, tiles, topk
+
+    # Chunks of labels, the last of them short.
+    monkeypatch.setattr(densify, "dense_labels", lambda x, num_labels: min(num_labels, 33))
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(tiles, "SCORE_BYTES", 4 * rows * 32)
+    pattern = slots if isinstance(slots, tuple) else None
+    if pattern is None:
+        p = problem(rows, 96, 85, slots or 96, group)
+    else:
+        p, _ = patterned(rows, 96, 85, pattern, group)
+    x = p.x.to(device, torch.bfloat16)
+    index = None if slots is None else p.index.to(device)
+    bias = p.bias.to(device)
+    batch = [t.to(device) for t in (p.indptr, p.indices)]
+
+    def layer() -> Layer:
+        weight = p.weight.to(device, copy=True)
+        if dtype != float8.DTYPE:
+            return Layer(weight.to(dtype), index, bias.clone(), pattern)
+        scale = float8.row_scale(weight)
+        return Layer(float8.quantize(weight, scale), index, bias.clone(), pattern, scale)
+
+    def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+        error = 0.02 * expected.abs().max().float().item()
+        torch.testing.assert_close(ours.float(), expected.float(), rtol=0, atol=error)
+
+    grad = torch.randn(rows, 85).to(device, torch.bfloat16)
+    by_layer = [] if slots is None else ["walk"] if pattern is None else ["walk", "blocks"]
+    for name in by_layer:
+        close(fan_in.fan_in_linear(x, layer(), by=name), reference.fan_in_linear(x, layer()))
+        expected = reference.fan_in_linear_backward(grad, x, layer())
+        for deterministic in (False, True):
+            ours = fan_in.fan_in_linear_backward(grad, x, layer(), deterministic, by=name)
+            close(ours[0], expected[0])
+            close(ours[1], expected[1])
+    close(
+        topk.fan_in_topk(x, layer(), 5, None, 0)[0],
+        reference_topk.fan_in_topk(x, layer(), 5, None, 0)[0],
+    )
+    rule = UpdateRule("adamw", betas=(0.5, 0.5), weight_decay=0.1)
+    for name in (*by_layer, "densify"):
+        results = []
+        for run, options in (
+            (reference_step.classifier_step, {}),
+            (classifier.classifier_step, {"by": name, "deterministic": name == "blocks"}),
+        ):
+            own = layer()
+            state = make_state(own.weight, own.bias, rule)
+            numbers = ("bce", rule, 0.01, 1, 1 / rows, True, 0)
+            value, d_x = run(x, own, *batch, state, *numbers, **options)
+            results.append((value, d_x, own.bias, state.weight_m, state.weight_v))
+        for ours, expected in zip(results[1], results[0], strict=True):
+            close(ours, expected)
