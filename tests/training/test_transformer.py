@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import xmc
-from xmc.model import load_model
+from xmc.config import Config, load_recipe
+from xmc.data.formats import DataError
+from xmc.heads.classifier import ClassifierHead
+from xmc.heads.head import HeadResult
+from xmc.model import build_model, load_model
+from xmc.nn.transformer import TransformerEncoder
+from xmc.nn.warm_start import model_folder, tokenizer_source
+from xmc.training import trainer as trainer_module
+from xmc.training.log import read_log
+from xmc.training.run import prepare_data
+from xmc.training.trainer import Interrupted
+from xmc.types import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +60,18 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+BASICS = [
+    "features.kind=tokens",
+    "features.max_length=16",
+    "encoder.kind=transformer",
+    "encoder.dropout=0.0",
+    "head.fan_in=16",
+    "encoder_optimizer.lr=0.003",
+    "train.batch_size=16",
+    "train.warmup_steps=10",
+]
+
+
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])
 def test_a_transformer_learns_and_its_run_stands_alone(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path, autocast: str
@@ -52,17 +79,10 @@ def test_a_transformer_learns_and_its_run_stands_alone(
     source = tmp_path / "bert"
     shutil.copytree(tiny_bert, source)
     overrides = [
-        "features.kind=tokens",
-        "features.max_length=16",
-        "encoder.kind=transformer",
+        *BASICS,
         f"encoder.model={source}",
         f"encoder.autocast={autocast}",
-        "encoder.dropout=0.0",
-        "head.fan_in=16",
-        "encoder_optimizer.lr=0.003",
         "train.epochs=15",
-        "train.batch_size=16",
-        "train.warmup_steps=10",
     ]
     run = tmp_path / "run"
     xmc.train("quickstart", data=tiny_data, out=run, overrides=overrides, cache=tmp_path / "cache")
@@ -89,3 +109,179 @@ def test_a_missing_transformer_is_named_before_anything_is_written(
             "quickstart", data=tiny_data, out=out, overrides=overrides, cache=tmp_path / "cache"
         )
     assert not out.exists()
+
+
+EVERYTHING = [
+    *BASICS,
+    "features.pad_multiple=8",
+    "encoder.dropout=0.1",
+    "encoder.autocast=float16",
+    "encoder.checkpointing=true",
+    "encoder.freeze_layers=0",
+    "encoder.lora_rank=4",
+    "encoder_optimizer.layer_decay=0.8",
+    "encoder_optimizer.weight_decay=0.01",
+    "rewire.method=rigl",
+    "rewire.interval=5",
+    "auxiliary.kind=clusters",
+    "auxiliary.max_labels=8",
+    "auxiliary.cutoff_epochs=2",
+    "train.batch_size=15",
+    "train.accumulation=2",
+    "train.max_tokens=256",
+    "train.length_pool=4",
+    "train.clip_norm=1.0",
+    "train.checkpoint_every=4",
+    "train.epochs=3",
+]
+
+
+def train_everything(bert: Path, data: Path, folder: Path, *, resume: bool = False) -> Path:
+    run, overrides = folder / "run", [*EVERYTHING, f"encoder.model={bert}"]
+    cache = folder.parent / "cache"
+    xmc.train("quickstart", data=data, out=run, overrides=overrides, cache=cache, resume=resume)
+    return run
+
+
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start with a scale whose gradients float16 cannot hold."""
+    make = trainer_module.make_scaler
+
+    def make_scaler(*args: Any) -> torch.amp.GradScaler:
+        scaler = make(*args)
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
+        return scaler
+
+    monkeypatch.setattr(trainer_module, "make_scaler", make_scaler)
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_all_options_together_train_resume_and_answer(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float16 with skipped steps, adapters, checkpointing, buckets, clipping, rigl, clusters."""
+    whole = train_everything(tiny_bert, tiny_data, tmp_path / "whole")
+    original, calls = ClassifierHead.loss_and_grad, 0
+
+    def stop(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
+        nonlocal calls
+        calls += 1
+        if calls in (11, 90):  # while the scale still falls; much later
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierHead, "loss_and_grad", stop)
+        with pytest.raises(Interrupted):
+            train_everything(tiny_bert, tiny_data, tmp_path / "parts")
+        torch.manual_seed(77)
+        with pytest.raises(Interrupted):
+            train_everything(tiny_bert, tiny_data, tmp_path / "parts", resume=True)
+    torch.manual_seed(78)
+    parts = train_everything(tiny_bert, tiny_data, tmp_path / "parts", resume=True)
+
+    times = ("seconds", "examples_per_second", "peak_memory_bytes")
+    logs = [
+        [
+            {k: v for k, v in event.items() if k not in times}
+            for event in read_log(run / "log.jsonl")
+        ]
+        for run in (whole, parts)
+    ]
+    assert logs[0] == logs[1]
+    for name in ("model/weights.safetensors", "checkpoints/step-00000036/tensors.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    steps = [event for event in logs[0] if event["event"] == "step"]
+    assert steps[0]["overflows"] > 3
+    assert steps[-1]["overflows"] < 15 < steps[-1]["step"]
+    assert steps[-1]["loss"] < steps[0]["main_loss"]
+
+    # The saved model is plain: without peft, and with the numbers of the trained one.
+    tensors = load_file(parts / "checkpoints" / "step-00000036" / "tensors.safetensors")
+    assert any("lora_A" in name for name in tensors)
+    saved = load_file(parts / "model" / "weights.safetensors")
+    assert not [name for name in saved if "lora" in name or "base_layer" in name]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        scores = xmc.evaluate(parts, "test", cache=tmp_path / "cache")
+        answers = xmc.Predictor.load(parts).predict(["word1 noise3", "word2"], k=3)
+    assert 0 < scores.values["P@1"] <= 1
+    assert [len(answer) for answer in answers] == [3, 3]
+
+
+def recipe(*overrides: str) -> Config:
+    return load_recipe("quickstart", [*BASICS, *overrides])
+
+
+def test_adapters_learn_and_the_best_epoch_is_merged(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Scores of the last checkpoint with its adapters equal those of the saved model."""
+    overrides = [
+        *BASICS,
+        f"encoder.model={tiny_bert}",
+        "encoder.lora_rank=8",
+        "encoder_optimizer.lr=0.01",
+        "train.epochs=10",
+        "train.validation=0.0",
+    ]
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    merged = xmc.train("quickstart", data=tiny_data, out=run, overrides=overrides, cache=cache)
+    assert xmc.evaluate(run, "test", cache=cache).values["P@1"] > 0.7
+    options = load_recipe("quickstart", overrides)
+    features, train_set, _ = prepare_data(options, tiny_data, cache)
+    adapted = build_model(options, features, [str(n) for n in range(30)])
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    tensors = load_file(newest / "tensors.safetensors")
+    state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    adapted.load_state_dict(state)
+    inputs = train_set.batch(torch.arange(20)).inputs
+    expected, found = adapted.topk(inputs, 5), merged.topk(inputs, 5)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.labels, expected.labels)
+
+
+def test_a_run_lends_its_encoder_and_tokenizer_to_another(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    overrides = [*BASICS, f"encoder.model={tiny_bert}", "train.epochs=1"]
+    first = tmp_path / "first"
+    trained = xmc.train("quickstart", data=tiny_data, out=first, overrides=overrides, cache=cache)
+    for source in (first, first / "model"):
+        options = recipe(f"encoder.model={source}")
+        features, train_set, _ = prepare_data(options, tiny_data, cache)
+        model = build_model(options, features, [str(n) for n in range(30)])
+        inputs = train_set.batch(torch.arange(9)).inputs
+        assert isinstance(inputs, Tokens)
+        with torch.no_grad():
+            found, expected = model.eval().encoder(inputs), trained.encoder(inputs)
+        assert torch.equal(found, expected)
+        assert features.digest() == trained.features.digest()
+    with torch.no_grad():
+        fresh = TransformerEncoder(str(tiny_bert)).eval()(inputs)
+    assert not torch.allclose(fresh, expected, atol=1e-3)
+
+    weights = first / "model" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors: not the weights of this encoder: "
+    ):
+        build_model(options, features, ["a"])
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights\.safetensors: missing"):
+        build_model(options, features, ["a"])
+
+
+def test_where_a_transformer_comes_from(tmp_path: Path) -> None:
+    assert model_folder(tmp_path) is None
+    assert tokenizer_source("someone/bert") == "someone/bert"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    message = f"^{tmp_path}/model: expected the model of a transformer, got a bag's$"
+    for source in (tmp_path, tmp_path / "model"):
+        with pytest.raises(ValueError, match=message):
+            model_folder(source)
+    with pytest.raises(DataError, match="expected a folder or hub name with a tokenizer"):
+        prepare_data(recipe(f"encoder.model={tmp_path}/nowhere"), tmp_path, tmp_path)
