@@ -28,9 +28,9 @@ def fan_in_linear(
     is float8_e4m3fn and stands for `scale[l] * weight[l, k]` (`float8.py`).
 
     Accumulates in float32 (float64 where an argument is float64). Differentiable once, in x,
-    weight (unless float8) and bias. On the CPU, float32 weights run compiled; on CUDA, all but
-    float64; others run the plain torch definition. The gradient of x on CUDA is summed in no fixed
-    order unless `torch.use_deterministic_algorithms(True)`.
+    weight (unless float8) and bias. On the CPU, float32 and bfloat16 weights run compiled; on
+    CUDA, all but float64; others run the plain torch definition. The gradient of x on CUDA is
+    summed in no fixed order unless `torch.use_deterministic_algorithms(True)`.
 
     Raises ValueError or TypeError on shapes, dtypes and devices that do not fit together. The
     values of index are trusted: see `checks.validate_index`.

@@ -159,7 +159,7 @@ classifier_step_(torch.ones(2, 9), weight, index, bias, torch.tensor([0, 1, 1]),
     torch.zeros(1, dtype=torch.int32), loss="bce", rule=rule, lr=1.0, step=1, grad_scale=1.0,
     state=make_state(weight, bias, rule))
 from xmc_kernels._cpu import classifier as cpu
-kernel = cpu._kernel(16, numpy.uint16, 1)
+kernel = cpu._kernel(16, numpy.uint16, numpy.float32, 1)
 print(json.dumps([kernel.cache_hits, cpu.__file__]))
 """
 

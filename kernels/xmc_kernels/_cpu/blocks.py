@@ -187,9 +187,9 @@ def add_gradients(typingctx, grads, x, d_x, base, weight, w, step, index, row, i
         grads = [builder.extract_value(grads, t) for t in range(num_labels)]
         count = LANES // num_labels
 
-        def products():
-            for entered in range(count):
-                i = I64(_reversed(entered, count))
+        def products(order):
+            for number in order:
+                i = I64(number)
                 at = _row(builder, sig.args[7], index, builder.add(row, i), base, width)
                 change = address_of(builder, d_x, at, width)
                 of_input = builder.load(change, align=4)
@@ -203,7 +203,13 @@ def add_gradients(typingctx, grads, x, d_x, base, weight, w, step, index, row, i
                 for t in range(num_labels):
                     yield _dot_lanes(builder, inputs, grads[t])
 
-        sums = _tree(builder, products())
+        order = [_reversed(entered, count) for entered in range(count)]
+        if num_labels == 1:  # registers for all, so that rows of x are met as they lie in memory
+            lanes = list(products(range(count)))
+            rows = iter([lanes[number] for number in order])
+        else:
+            rows = products(order)
+        sums = _tree(builder, rows)
         for t in range(num_labels):
             part = slice_of(builder, sums, _reversed(t, num_labels) * count, count)
             place = address_of(builder, into, to, count)

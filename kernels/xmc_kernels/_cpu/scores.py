@@ -33,10 +33,10 @@ def block_scores(
     whole = fan_in // len(chains) * len(chains)
     for i in range(at, count):
         first, own = w + i * fan_in, row + i * step
-        sums = chains
+        sums = repeat(1, fill(chains[0], biases[first_bias + i])) + chains[1:]
         for k in range(0, whole, len(chains)):
             sums = add_slots(sums, x, base, weight, first + k, index, own + k)
-        rest = repeat(1, fill(chains[0], biases[first_bias + i]))
+        rest = (sums[0],)
         for k in range(whole, fan_in):
             rest = add_slots(rest, x, base, weight, first + k, index, own + k)
-        store(out, to + i * width, total(rest + sums))
+        store(out, to + i * width, total(rest + sums[1:]))
