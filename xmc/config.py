@@ -100,7 +100,7 @@ class HeadConfig:
     fan_in: Positive = 64
     """F: features that each label reads."""
     group_size: Positive = 1
-    """G: neighbouring labels that share one set of features."""
+    """G: neighbouring labels that share one set of features; silent rows fill the last group."""
     pattern: Annotated[str, Field(pattern=r"^([1-9][0-9]?:(4|8|16|32))?$")] = ""
     """n:m, such as 2:16: each label reads n of every m neighbouring features, and stores which in
     log2(m) bits a feature; fan_in is n * D / m. Empty: any features."""
