@@ -1,4 +1,4 @@
-"""The `xmc` command: data, train, evaluate, predict."""
+"""The `xmc` command: data, plan, train, evaluate, compare, predict."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build and inspect data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+_TOO_LARGE = 3  # the exit code of a plan that does not fit
 _INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
 Cache = Annotated[
@@ -131,7 +132,7 @@ def evaluate(
             run,
             split,
             data=data,
-            ks=_ranks(k),
+            ks=_numbers("-k", k, "1,3,5"),
             propensity=propensity,
             a=a,
             b=b,
@@ -146,6 +147,93 @@ def evaluate(
     path = json_path or run / f"{'baseline' if baseline else 'evaluation'}-{split}.json"
     to_json(scores, path)
     _note(f"written to {path}")
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    data: Annotated[Path, typer.Option(help="Data folder (see `xmc data`).")],
+    heads: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: dense, bottleneck, static, set, rigl, grouped, "
+            "grouped-random, pattern."
+        ),
+    ] = "dense,bottleneck,static,set,rigl",
+    fan_in: Annotated[
+        str | None,
+        typer.Option(help="Fan-ins of sparse heads, such as 32,64,128 (default: the recipe's)."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each head.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the runs and the report (default: runs/compare-RECIPE-DATA)."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="What to score on: validation, or test for the last time.")
+    ] = "validation",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Override a recipe option for all heads; repeatable.",
+        ),
+    ] = None,
+    head_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--head-set",
+            metavar="HEAD:SECTION.KEY=VALUE",
+            help="Override an option for one head (rigl) or one line (rigl-64); repeatable.",
+        ),
+    ] = None,
+    dense_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dense-set", metavar="SECTION.KEY=VALUE", help="Short for --head-set dense:..."
+        ),
+    ] = None,
+    propensity: Annotated[
+        str, typer.Option(help="Constants of PSP@5: default, amazon or wikipedia.")
+    ] = "default",
+    bootstrap: Annotated[int, typer.Option(help="Replicates for 95% intervals.")] = 1000,
+    cache: Cache = None,
+) -> None:
+    """Train a recipe with several heads under equal steps; one table, compare.json, compare.png.
+
+    A bottleneck is a dense head behind a layer as narrow as makes it the size of the sparse one of
+    the same fan-in. Learning rates matter: give each head its own by --head-set. Runs in OUT that
+    are finished are not trained again, those that were stopped go on.
+    """
+    from xmc.comparison.compare import PLOT, REPORT
+    from xmc.comparison.compare import compare as run_comparison
+    from xmc.comparison.report import render
+    from xmc.training.trainer import Interrupted
+
+    folder = out or Path("runs") / f"compare-{Path(recipe).stem}-{data.name}"
+    own = [f"dense:{setting}" for setting in dense_settings or []]
+    try:
+        comparison = run_comparison(
+            recipe,
+            data=data,
+            out=folder,
+            heads=heads.split(","),
+            num_seeds=seeds,
+            fan_ins=() if fan_in is None else _numbers("--fan-in", fan_in, "32,64,128"),
+            settings=settings or [],
+            head_settings=[*own, *(head_settings or [])],
+            split=split,
+            propensity=propensity,
+            bootstrap=bootstrap,
+            cache=cache,
+            note=_note,
+        )
+    except Interrupted as stop:
+        _note(f"{stop}; the same command goes on")
+        raise typer.Exit(_INTERRUPTED) from None
+    Console().print(render(comparison), soft_wrap=True)
+    _note(f"written to {folder / REPORT} and {folder / PLOT}")
 
 
 @app.command()
@@ -181,6 +269,80 @@ def predict(
     for line, answer in zip(lines, predictor.stream(asked, k), strict=True):
         labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
         print(json.dumps({"text": line, "labels": labels}, ensure_ascii=False))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str,
+        typer.Argument(help=f"A TOML file, or a shipped recipe: {', '.join(shipped_recipes())}."),
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder; encoded into the cache, as training does.")
+    ] = None,
+    labels: Annotated[int | None, typer.Option(min=1, help="L, instead of --data.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="N, documents, with --labels (default: 100000).")
+    ] = None,
+    positives_per_row: Annotated[
+        float | None,
+        typer.Option(min=0, help="Labels of a document, with --labels (default: 5)."),
+    ] = None,
+    features: Annotated[
+        int | None,
+        typer.Option(min=1, help="V, with --labels and a tf-idf vocabulary."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="As for `xmc train`."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda (default: train.device).")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What to fit into, such as 24GB or 16GiB (default: the device's own)."),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--no-measure", help="Time parts of a step, two seconds (CPU)."),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    cache: Cache = None,
+) -> None:
+    """Predict memory and time of a training before it starts, and say what to change.
+
+    Sizes come from --data, or from numbers: `xmc plan RECIPE --labels 670000 --rows 490000`.
+    Predicted are the peak of training and of prediction by component, the bytes of a label and of a
+    dense classifier beside it, and the time of a step (run in parts on this machine). Memory is
+    that of the process on a CPU, of the card on a GPU, where nothing has been measured yet.
+
+    Exit code: 0 fits, 3 does not fit (with the settings to change, first things first).
+    """
+    from xmc.training.plan_report import render, to_dict
+    from xmc.training.planner import plan_recipe
+
+    console = Console(stderr=True)
+    with console.status("planning", spinner="dots"):  # shown on a terminal only
+        result = plan_recipe(
+            recipe,
+            overrides=settings or [],
+            data=data,
+            num_labels=labels,
+            num_features=features,
+            num_rows=rows,
+            positives_per_row=positives_per_row,
+            device=device,
+            memory=memory,
+            measure=measure,
+            cache=cache,
+        )
+    if as_json:
+        print(json.dumps(to_dict(result), indent=2))
+    else:
+        Console().print(render(result))
+    if result.fits is False:
+        raise typer.Exit(_TOO_LARGE)
 
 
 @app.command()
@@ -249,12 +411,11 @@ def _rows_bar(what: str) -> Iterator[Callable[[int], object]]:
         yield lambda rows: bar.advance(task, rows)
 
 
-def _ranks(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
     try:
-        ranks = tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f'-k: expected ranks such as "1,3,5", got "{text}"') from None
-    return ranks
+        raise ValueError(f'{option}: expected numbers such as "{example}", got "{text}"') from None
 
 
 def _read_texts(jsonl: bool) -> Iterator[str]:

@@ -1,0 +1,198 @@
+"""Memory of the classifier: weights, indices, moments, and what a step holds for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xmc.config import Config
+from xmc.heads.arranged import ArrangedHead
+from xmc.heads.classifier import ClassifierHead
+from xmc.heads.order import is_arranged
+from xmc.nn.clusters import num_clusters_for
+from xmc.nn.fan_in import FixedFanInLinear
+from xmc.training.memory_component import MIB, Component
+from xmc.training.workload import Workload
+from xmc_kernels.checks import compiled_on_cpu
+from xmc_kernels.layer import Layer
+
+_TILE = 4 * MIB  # bytes of a tile of the reference: 2^20 numbers, `_reference/fan_in.py`
+_STEP_TILES = 6  # dense weights and gradient, the update's copies; scores, targets, noise
+_TOPK_TILES = 8  # dense weights and their inputs (64 bits); scores and their keys (64 bits)
+_SHARE = 100_000  # bytes of a thread's buffers, `kernels/README.md`
+_REWIRED = 2**18  # weights rewired at a time, `xmc.nn.rewire`
+_REWIRE_BYTES = 128  # each; measured
+_GPU_BLOCKS = 64 * MIB  # `_triton/tiles.py`, SCRATCH_BYTES
+_LABEL_TERMS = 1000  # `xmc.data.label_features`
+_CLUSTER_CHUNK = 50 * 2**22  # bytes of the features gathered at a time, there
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Bytes of a classifier head, counted on the head itself without its numbers."""
+
+    num_labels: int
+    in_features: int
+    fan_in: int
+    sparse: bool
+    weights: int
+    indices: int
+    rest: int  # biases, scales, orders
+    moments: int
+    num_weights: int
+    compiled: bool  # whether every layer takes the CPU's fused step
+    storage: str  # in words
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a model's file."""
+        return self.weights + self.indices + self.rest
+
+
+def make_classifier(config: Config, in_features: int, num_labels: int) -> Classifier:
+    """Count a head of the recipe. Raises ValueError for sizes that do not fit."""
+    options = config.head
+    make = ArrangedHead if is_arranged(num_labels, options) else ClassifierHead
+    with torch.device("meta"):
+        head = make.from_config(in_features, num_labels, options, config.classifier_optimizer)
+        x = torch.empty(1, in_features)
+    sizes = {"weight": 0, "index_bytes": 0}
+    rest = num_weights = 0
+    for name, tensor in [*head.named_parameters(), *head.named_buffers()]:
+        kind = name.rpartition(".")[2]
+        if kind in sizes:
+            sizes[kind] += _bytes(tensor)
+        else:
+            rest += _bytes(tensor)
+        num_weights += tensor.numel() if kind == "weight" else 0
+    # Made later: what a positive counts, and the row of each label.
+    rest += 4 * num_labels * ((options.positive_weight != "none") + (make is ArrangedHead))
+    layers = [m for m in head.modules() if isinstance(m, FixedFanInLinear | nn.Linear)]
+    reads = options.fan_in if options.kind == "sparse" else in_features
+    storage = f"{num_weights:,} {options.weight_dtype} numbers, {reads} a label"
+    return Classifier(
+        num_labels=num_labels,
+        in_features=in_features,
+        fan_in=reads,
+        sparse=options.kind == "sparse",
+        weights=sizes["weight"],
+        indices=sizes["index_bytes"],
+        rest=rest,
+        moments=sum(_bytes(tensor) for tensor in head.training_state().values()),
+        num_weights=num_weights,
+        compiled=all(compiled_on_cpu(x, _layer(layer)) for layer in layers),
+        storage=storage,
+    )
+
+
+def stored_weights(classifier: Classifier) -> list[Component]:
+    per_row = f"{classifier.indices / classifier.num_labels:.4g} bytes a label"
+    return [
+        Component("classifier weights", classifier.weights, classifier.storage),
+        Component("classifier indices", classifier.indices, f"{per_row}: F / G of them, packed"),
+        Component("classifier biases", classifier.rest, "one a label, with scales and orders"),
+    ]
+
+
+def moments(classifier: Classifier) -> list[Component]:
+    each = round(classifier.moments / max(classifier.num_weights, 1) / 4)
+    return [
+        Component("classifier moments", classifier.moments, f"{each} float32 numbers a weight"),
+    ]
+
+
+def accumulated_gradient(classifier: Classifier, passes: int) -> Component:
+    """The one gradient of [L, F] that exists, between the passes of a step."""
+    size = 4 * (classifier.num_weights + classifier.num_labels) if passes > 1 else 0
+    return Component("classifier gradient", size, f"[L, F] float32: a step has {passes} passes")
+
+
+def training_step(classifier: Classifier, rows: int, *, cuda: bool, threads: int) -> Component:
+    """Beyond weights and moments; nothing here grows with L."""
+    features = classifier.in_features
+    if cuda:
+        size = _GPU_BLOCKS + 2 * 4 * features * (rows + 64)
+        return Component("classifier step", size, "blocks of labels, x and d_x: a formula")
+    if not classifier.compiled:
+        size = _reference_tiles(classifier, rows, _STEP_TILES)
+        return Component("classifier step", size, "tiles of labels")
+    size = 4 * features * _padded(rows) * (1 + threads) + _SHARE * threads
+    return Component("classifier step", size, f"x, and d_x for each of {threads} threads")
+
+
+def validation_topk(classifier: Classifier, rows: int, threads: int) -> Component:
+    """Scores and labels of the best of each row, for each thread, and x."""
+    size = 4 * classifier.in_features * _padded(rows) + 12 * 16 * rows * threads
+    if not classifier.compiled:
+        tiles = _TOPK_TILES if classifier.sparse else _TOPK_TILES // 2
+        size = _reference_tiles(classifier, rows, tiles)
+    return Component("top-k", size, f"{rows} rows, no scores of all labels")
+
+
+def rewiring(classifier: Classifier, config: Config, reps: int) -> Component:
+    """SET works on a tile of weights; RigL on tiles of scores and of dense gradients too."""
+    at_once = min(_REWIRED, classifier.num_weights)
+    why = f"{_REWIRE_BYTES} bytes for each of 2^18 weights at a time"
+    extra = 0
+    if config.rewire.method == "rigl":
+        at_once = min(at_once, _TILE // 4 * classifier.fan_in // classifier.in_features)
+        extra = 3 * _TILE + 2 * 4 * reps * classifier.in_features
+        why = "tiles of the dense gradient, and all rows of the step"
+    return Component("rewiring", _REWIRE_BYTES * at_once + extra, why)
+
+
+def auxiliary_head(config: Config, num_labels: int, in_features: int) -> Component:
+    """Dense over clusters, with AdamW's moments; present until its cut-off."""
+    if config.auxiliary.kind == "none":
+        return Component("auxiliary head", 0, "")
+    clusters = num_clusters_for(num_labels, config.auxiliary.max_labels)
+    numbers = 4 * clusters * (in_features + 1) * 3 + 12 * num_labels
+    numbers += 4 * clusters * in_features if _accumulates(config) else 0
+    return Component(
+        "auxiliary head", numbers, f"{clusters:,} clusters x D with two moments, 12 bytes a label"
+    )
+
+
+def label_clustering(workload: Workload) -> Component:
+    """At most: how far the rows of a label repeat their features depends on the data."""
+    entries = min(
+        _LABEL_TERMS * workload.num_labels, round(workload.num_positives * workload.row_entries)
+    )
+    size = 2 * 8 * entries + 40 * workload.num_positives + _CLUSTER_CHUNK
+    why = "at most: features of each label, twice while they are joined"
+    return Component("label features", size, why, host=True)
+
+
+def dense_bytes(classifier: Classifier, config: Config, rows: int) -> dict[str, int]:
+    """What a dense head would take in training: by our step, and by plain torch (B rows)."""
+    state = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}[config.classifier_optimizer.kind]
+    weights = 4 * classifier.num_labels * (classifier.in_features + 1)
+    fused = weights * (1 + state)
+    # Plain torch: a gradient of every weight; scores, targets and their gradient [B, L].
+    plain = fused + weights + 3 * 4 * rows * classifier.num_labels
+    return {"fused": fused, "plain": plain}
+
+
+def _accumulates(config: Config) -> bool:
+    return config.train.accumulation > 1 or config.train.max_tokens > 0
+
+
+def _layer(layer: FixedFanInLinear | nn.Linear) -> Layer:
+    if isinstance(layer, FixedFanInLinear):
+        return Layer(layer.weight, layer.index, layer.bias, layer.pattern, layer.weight_scale)
+    return Layer(layer.weight, None, layer.bias)
+
+
+def _reference_tiles(classifier: Classifier, rows: int, tiles: int) -> int:
+    everything = 4 * classifier.num_labels * max(rows, classifier.in_features)
+    return tiles * min(_TILE, everything)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // 64) * 64
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
