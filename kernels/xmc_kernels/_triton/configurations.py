@@ -90,7 +90,9 @@ def _steps() -> Iterator[tuple[str, Launch]]:
         ("fp16", "bce", "adamw", "atomic", 128, 128, None),
         ("fp32", "bce", "adagrad", "atomic", 64, 32, None),
         ("fp32", "bce", "adamw", "deterministic", 512, 128, None),
+        ("bf16", "bce", "adamw", "deterministic", 512, 64, None),
         ("f8", "bce", "sgd", "atomic", 128, 64, None),
+        ("f8", "bce", "adamw", "deterministic", 512, 64, None),
         ("f8", "bce", "adamw", "atomic", 128, 128, None),
         ("f8", "squared_hinge", "momentum", "deterministic", 512, 32, None),
     )

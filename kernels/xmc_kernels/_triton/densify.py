@@ -49,8 +49,8 @@ def _scatter_kernel(
     label, slot = offs // fan_in, offs % fan_in
     row = ((start + label) // group).to(tl.int64)
     column = load_columns(index_ptr, row, slot, mask, fan_in, N_KEEP, M_BLOCK)
-    weight_ptr += start.to(tl.int64) * fan_in
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0)
+    at = (start + label).to(tl.int64) * fan_in + slot
+    weight = tl.load(weight_ptr + at, mask=mask, other=0)
     if scale_ptr is not None:
         weight = decode(weight) * tl.load(scale_ptr + start + label, mask=mask, other=0.0)
     weight = weight.to(tl.float32)

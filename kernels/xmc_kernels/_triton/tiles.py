@@ -123,14 +123,16 @@ def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool =
     most = table(layer.weight.device).tiles[fused, group > 1, wide]
     block_f = min(max(16, power_of_2(layer.fan_in)), most.block_f)
     block_b = min(max(16, power_of_2(num_rows)), most.block_b)
+    # Inputs of a tile stay in registers beside the weight gradient of several.
+    crowded = fused and num_rows > block_b and layer.fan_in <= block_f
     if group == 1:
-        num_warps = 8 if block_f == 32 else 4
-        if block_f == most.block_f:
+        num_warps = 8 if block_f == 32 or crowded else 4
+        if block_f == most.block_f and not crowded:
             num_warps = most.num_warps
         return replace(most, block_f=block_f, block_b=block_b, num_warps=num_warps)
     block_g = min(max(16, power_of_2(group)), most.block_g)
     decoded = layer.pattern is not None or layer.scale is not None
-    if fused and block_g == 32 and (block_f < 64 or layer.scale is not None):
+    if fused and block_g == 32 and (block_f < 64 or layer.scale is not None or crowded):
         block_b = min(block_b, 64)
     small = not (fused or wide or block_g == most.block_g or decoded)
     num_warps = 4 if small else most.num_warps
