@@ -26,7 +26,7 @@ def format_scores(scores: Scores, *, decimals: int = 2) -> str:
 
 def render(scores: Scores, *, title: str = "", decimals: int = 2) -> RenderableType:
     """For `rich`'s `Console.print`: a table on a terminal, `format_scores` anywhere else."""
-    return _Grid(_rows(scores, decimals), notes(scores), title)
+    return Grid(_rows(scores, decimals), notes(scores), title)
 
 
 def render_comparison(
@@ -41,7 +41,7 @@ def render_comparison(
     for name, scores in systems.items():
         cells = [_percent(scores.values.get(metric, math.nan), decimals) for metric in metrics]
         rows.append([name, *cells])
-    return _Grid(rows, [], title)
+    return Grid(rows, [], title)
 
 
 def notes(scores: Scores) -> list[str]:
@@ -128,7 +128,9 @@ def _lines(scores: Scores, title: str, names: list[str], decimals: int) -> list[
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
+    """Cells as a table on a terminal, as aligned plain text anywhere else, with lines below."""
+
     rows: list[list[str]]  # the header first; a row without a name belongs to the one above
     footer: list[str]
     title: str
