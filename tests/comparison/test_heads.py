@@ -66,6 +66,27 @@ def test_sparse_heads_and_bottlenecks_come_at_every_fan_in() -> None:
     assert [v.config.head.fan_in for v in variants("set", fan_ins=(32, 64))] == [32, 64]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["head.dense_share=0.1", "head.order=frequency"],
+        ["head.group_size=16", "head.order=cluster", "rewire.method=rigl"],
+        ["head.pattern=2:16", "head.weight_dtype=float8"],
+        ["head.kind=dense", "encoder.intermediate=1024", "encoder.activation=relu"],
+    ],
+)
+def test_any_recipe_can_be_compared(settings: list[str]) -> None:
+    """What its own head needs is taken back where another head has no use for it."""
+    found = {variant.head: variant for variant in variants(*HEADS, settings=settings)}
+    dense, static = found["dense"].config.head, found["static"].config.head
+    assert (dense.kind, dense.dense_share, dense.pattern) == ("dense", 0.0, "")
+    assert (static.kind, static.group_size, static.pattern) == ("sparse", 1, "")
+    assert found["bottleneck"].classifier_bytes <= found["static"].classifier_bytes
+    assert found["static"].classifier_bytes < found["dense"].classifier_bytes
+    if "head.weight_dtype=float8" in settings:
+        assert (dense.weight_dtype, static.weight_dtype) == ("bfloat16", "float8")
+
+
 def test_settings_of_a_head_go_over_those_of_all() -> None:
     dense, narrow, wide = variants(
         "dense",

@@ -72,10 +72,10 @@ def make_variants(
 
     Args:
         recipe: path of a TOML file or name of a shipped recipe.
-        heads: dense; bottleneck: a dense head behind an intermediate layer, as large as the sparse
-            one of the same fan-in; static, set, rigl: a sparse head of that kind of rewiring;
-            grouped, grouped-random: rigl, where 16 labels of a cluster, or any 16, share their
-            inputs; pattern: rigl within an n:m pattern.
+        heads: dense (bfloat16 where the recipe says float8); bottleneck: a dense head behind an
+            intermediate layer, as large as the sparse one of the same fan-in; static, set, rigl: a
+            sparse head of that kind of rewiring; grouped, grouped-random: rigl, where 16 labels of
+            a cluster, or any 16, share their inputs; pattern: rigl within an n:m pattern.
         fan_ins: default: that of the recipe.
         settings: `section.key=value` over the recipe, for every head.
         head_settings: `HEAD:section.key=value`, over all other settings of that head; HEAD may also
@@ -128,7 +128,13 @@ def bottleneck_width(config: Config, dim: int, num_labels: int, size: int) -> in
     Raises ConfigError where not even one output fits.
     """
     head = dataclasses.replace(
-        config.head, kind="dense", pattern="", group_size=1, order="none", dense_share=0.0
+        config.head,
+        kind="dense",
+        pattern="",
+        group_size=1,
+        order="none",
+        dense_share=0.0,
+        weight_dtype="float32" if config.head.weight_dtype == "float32" else "bfloat16",
     )
     rewire = dataclasses.replace(config.rewire, method="static")
 
@@ -184,15 +190,18 @@ def _own_settings(
     base: Config, head: str, fan_in: int, *, dim: int, num_labels: int
 ) -> tuple[str, ...]:
     """What makes the recipe one with this head."""
+    dense: tuple[str, ...] = _DENSE
+    if base.head.weight_dtype == "float8":  # for sparse weights only
+        dense = (*dense, "head.weight_dtype=bfloat16")
     if head == "dense":
-        return _DENSE
+        return dense
     if head == "bottleneck":
         sparse = dataclasses.replace(
             base.head, kind="sparse", fan_in=fan_in, group_size=1, pattern="", order="none"
         )
         size = classifier_bytes(dataclasses.replace(base, head=sparse), dim, num_labels)
         width = bottleneck_width(base, dim, num_labels, size)
-        return (*_DENSE, f"encoder.intermediate={width}", "encoder.activation=none")
+        return (*dense, f"encoder.intermediate={width}", "encoder.activation=none")
     own = (*_SPARSE, f"head.fan_in={fan_in}", *_OWN[head])
     if head == "pattern":
         width = base.encoder.intermediate or dim
