@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from xmc.config import Config
+from xmc.config import Config, ConfigError
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
 from xmc.nn.lora import add_lora_
@@ -52,10 +53,15 @@ class Encoder:
 def make_encoder(config: Config, workload: Workload) -> Encoder:
     """Count an encoder of the recipe on the meta device.
 
-    Raises ValueError where a transformer is not a folder with a config.json: nothing is fetched.
+    Raises ConfigError where a transformer is no folder with a config.json: nothing is fetched.
     """
     options = config.encoder
     transformer = None
+    if options.kind == "transformer" and not (Path(options.model) / "config.json").is_file():
+        raise ConfigError(
+            f"encoder.model: a plan counts by the config.json of a folder and fetches nothing, got "
+            f"{options.model}: give a folder with --set encoder.model=FOLDER"
+        )
     encoder: BagEncoder | TransformerEncoder
     with torch.device("meta"):
         if options.kind == "bag":
