@@ -143,7 +143,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
         ("quickstart", ["train.epochs=many"], ["train.epochs", "integer", "'many'"]),
         ("quickstart", ["train.epochs=0"], ["train.epochs", "greater than 0", "0"]),
         ("quickstart", ["head.fan_in=33"], ["head.fan_in", "at most encoder.dim = 32", "33"]),
-        ("quickstart", ["head.group_size=4"], ["group_size", "30", "4"]),
+        ("quickstart", ["head.pattern=2:6"], ["head.pattern", "2:6"]),
         ("quickstart", ["encoder.kind=transformer"], ["encoder.model"]),
         ("quickstart", ["train"], ["--set train", "section.key=value"]),
         ("quickstart", ["rewire.method=set", "head.kind=dense"], ["rewire.method", "dense"]),

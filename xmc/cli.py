@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -358,7 +359,13 @@ def options(
     for name, value, meaning in describe_options(load_recipe(recipe) if recipe else None):
         console.print(f"[bold]{name}[/bold] = {json.dumps(value)}", highlight=False)
         if meaning:
-            console.print(f"    {meaning}", highlight=False, markup=False)
+            indented = textwrap.fill(
+                meaning,
+                width=console.width if sys.stdout.isatty() else len(meaning) + 5,
+                initial_indent="    ",
+                subsequent_indent="    ",
+            )
+            console.print(indented, highlight=False, markup=False)
 
 
 @data_app.command()

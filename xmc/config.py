@@ -385,7 +385,8 @@ def describe_options(config: Config | None = None) -> list[tuple[str, Any, str]]
     for section, options in to_dict(config or Config()).items():
         fields = TypeAdapter(type(getattr(Config(), section))).json_schema()["properties"]
         for key, value in options.items():
-            rows.append((f"{section}.{key}", value, fields[key].get("description", "")))
+            meaning = " ".join(fields[key].get("description", "").split())
+            rows.append((f"{section}.{key}", value, meaning))
     return rows
 
 
