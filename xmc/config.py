@@ -113,8 +113,9 @@ class HeadConfig:
     """log_prior: logit of the label's frequency, so that training starts at the base rate."""
     order: Literal["none", "random", "frequency", "cluster"] = "none"
     """Order of the labels inside the classifier, which decides who shares features where group_size
-    is above 1. cluster: labels of similar training texts side by side, best for groups; random:
-    to compare with. Predictions and files go by label ids all the same."""
+    is above 1. cluster: labels of similar training texts side by side, published as better than
+    random for Amazon-670K. Compare: on EURLEX57K (4 epochs, groups of 16) it cost 0.8 of P@5
+    against random. Predictions and files go by label ids all the same."""
     dense_share: OpenShare = 0.0
     """Share of the labels, the most frequent, that read every feature (2 to 10% are published);
     the others stay sparse, in the order above."""
