@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,8 +63,7 @@ def classifier_step_(
 
     A positive entry of label l counts `positive_weight[l] * ((1 - smoothing) * loss(score, 1) +
     smoothing * loss(score, 0))`, in value and gradient; for "bce" that is a target of
-    1 - smoothing. Negative entries stay as they are, so that nothing dense is added. With either
-    of the two the reference runs on every device.
+    1 - smoothing. Negative entries stay as they are, so that nothing dense is added.
 
     Raises ValueError or TypeError where arguments do not fit together, on labels out of range and
     on features that are not finite (before anything is written).
@@ -197,13 +195,19 @@ def _check_values(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor) -> N
 def _on_cpu(
     x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, state: ClassifierState, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The compiled step where it has these dtypes and a sparse layer, the reference otherwise."""
+    """The compiled step where it has these dtypes and a sparse layer, the reference otherwise.
+
+    The reference, too, where positives are smoothed or weighted.
+    """
     memory = vars(state).values()
-    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cpu(x, layer, *memory)):
+    *numbers, smoothing, positive_weight = options
+    plain = not smoothing and positive_weight is None
+    compiled = checks.written_in_place(layer, *memory) and checks.compiled_on_cpu(x, layer, *memory)
+    if not (plain and compiled):
         return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._cpu import classifier as cpu
 
-    return cpu.classifier_step(x, layer, indptr, indices, state, *options)
+    return cpu.classifier_step(x, layer, indptr, indices, state, *numbers)
 
 
 def _on_cuda(
@@ -294,21 +298,10 @@ def _step(
     positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(*tensors)
-    backend = _with_positives(backend, smoothing, positive_weight)
     momentum, beta1, beta2, eps, weight_decay = constants
     rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
-    return backend(*tensors, state, loss, rule, lr, step, grad_scale, update, seed)
-
-
-def _with_positives(
-    backend: Callable[..., tuple[Tensor, Tensor]], smoothing: float, positive_weight: Tensor | None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The backend, or where positives are smoothed or weighted the reference, which alone can."""
-    if not smoothing and positive_weight is None:
-        return backend
-    return functools.partial(
-        reference.classifier_step, smoothing=smoothing, positive_weight=positive_weight
-    )
+    numbers = (lr, step, grad_scale, update, seed, smoothing, positive_weight)
+    return backend(*tensors, state, loss, rule, *numbers)
 
 
 @_classifier_step.register_fake
@@ -358,12 +351,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One accumulating step from zero."""
     _check_values(*tensors)
-    backend = _with_positives(backend, smoothing, positive_weight)
     weight, bias = tensors[1].weight, tensors[1].bias
     assert bias is not None
     state = ClassifierState()
     state.grad_weight, state.grad_bias = d_weight, d_bias = _zeros(weight), _zeros(bias)
-    value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), 0.0, 1, grad_scale, False, 0)
+    numbers = (0.0, 1, grad_scale, False, 0, smoothing, positive_weight)
+    value, d_x = backend(*tensors, state, loss, UpdateRule("sgd"), *numbers)
     return value, d_x, d_weight.to(_gradient_dtype(weight)), d_bias.to(bias.dtype)
 
 

@@ -34,7 +34,7 @@ from xmc_kernels._triton.launch import (
     power_of_2,
 )
 from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
-from xmc_kernels._triton.losses import loss_and_gradient
+from xmc_kernels._triton.losses import Objective, loss_and_gradient
 from xmc_kernels._triton.positives import Positives, targets
 from xmc_kernels._triton.products import scatter_add
 from xmc_kernels._triton.tiles import block_tiles, deterministic_programs, gradient_labels
@@ -110,6 +110,7 @@ def _blocks_fwd_kernel(
     out_ptr,  # [B, stride_ob]: scores of labels from start on, or their loss gradient
     d_bias_ptr,  # [tiles, stop - start]
     loss_ptr,  # [tiles, stop - start]
+    positive_weight_ptr,  # [L] or None
     start,
     stop,
     num_rows,
@@ -119,6 +120,7 @@ def _blocks_fwd_kernel(
     group,
     stride_ob,
     grad_scale,
+    smoothing,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -127,6 +129,7 @@ def _blocks_fwd_kernel(
     N_KEEP: tl.constexpr,
     M_BLOCK: tl.constexpr,
     LOSS: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     num_tiles = width // BLOCK_B
     unit, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
@@ -163,7 +166,16 @@ def _blocks_fwd_kernel(
         target, _ = targets(
             positive_label_ptr, positive_row_ptr, position, last, label, offs_b, BLOCK_L, BLOCK_B
         )
-        value, grad = loss_and_gradient(score, target, LOSS)
+        value, grad = loss_and_gradient(
+            score,
+            target,
+            positive_weight_ptr,
+            label[:, None],
+            mask_l[:, None],
+            smoothing,
+            LOSS,
+            SMOOTH,
+        )
         score = tl.where(counts, grad * grad_scale, 0.0)
         # A second sum, over labels, of what lies in tensor memory stops Triton 3.7 on sm_100.
         of_tile = tile.to(tl.int64) * (stop - start) + column
@@ -341,11 +353,12 @@ def forward_launch(
     first_positive: Tensor | None = None,
     d_bias: Tensor | None = None,
     losses: Tensor | None = None,
-    loss: str = "",
+    objective: Objective | None = None,
     grad_scale: float = 0.0,
 ) -> Launch:
     """Scores of labels start..stop into out [B, stop - start], or with positives their gradient."""
     stop = layer.num_labels if stop is None else stop
+    objective = objective or Objective("")
     tiles = block_tiles(num_rows, layer, x_t.dtype)
     arguments = {
         "x_t_ptr": x_t,
@@ -356,6 +369,7 @@ def forward_launch(
         "out_ptr": out,
         "d_bias_ptr": d_bias,
         "loss_ptr": losses,
+        **objective.arguments(),
         **_sizes(x_t, layer, num_rows, start, stop),
         "stride_ob": out.stride(0),
         "grad_scale": float(grad_scale),
@@ -366,7 +380,7 @@ def forward_launch(
         "BLOCK_B": tiles.block_b,
         **dot_settings(x_t, layer.weight),
         **pattern_constants(layer),
-        "LOSS": loss,
+        **objective.constants(),
     }
     grid = cdiv(stop - start, tiles.block_l) * (x_t.shape[1] // tiles.block_b)
     return Launch(_blocks_fwd_kernel, grid, arguments, values, tiles.num_warps)
@@ -497,7 +511,7 @@ def classifier_step(
     layer: Layer,
     positives: Positives,
     state: ClassifierState,
-    loss: str,
+    objective: Objective,
     rule: UpdateRule,
     lr: float,
     step: int,
@@ -529,7 +543,9 @@ def classifier_step(
         losses = torch.empty_like(d_bias)
         pairs = (positives, first[start // tiles.block_l :][:units])
         common, wide = (num_rows, start, stop), wide_rows(layer, start, stop)
-        forward_launch(*(x_t, layer, grad, *common, *pairs, d_bias, losses, loss, grad_scale)).run()
+        forward_launch(
+            *(x_t, layer, grad, *common, *pairs, d_bias, losses, objective, grad_scale)
+        ).run()
         total += losses.sum(dtype=torch.float64)
         input_launch(grad, x_t, layer, d_x_t, *common).run()
         weight_launch(

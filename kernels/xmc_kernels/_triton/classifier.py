@@ -27,7 +27,7 @@ from xmc_kernels._triton.launch import (
     input_gradient_buffer,
 )
 from xmc_kernels._triton.layers import layer_arguments, pattern_constants
-from xmc_kernels._triton.losses import loss_and_gradient
+from xmc_kernels._triton.losses import Objective, loss_and_gradient
 from xmc_kernels._triton.positives import Positives, sort_by_label, targets
 from xmc_kernels._triton.products import (
     input_gradient,
@@ -64,6 +64,7 @@ def _classifier_step_kernel(
     bias_m_ptr,
     bias_v_ptr,
     bias_kept_ptr,
+    positive_weight_ptr,  # [L] or None
     unit_grad_ptr,  # [programs, BLOCK_G, F], unused in registers
     num_rows,
     features,
@@ -73,6 +74,7 @@ def _classifier_step_kernel(
     units,
     walk,
     grad_scale,
+    smoothing,
     decay,
     lr,
     momentum,
@@ -94,6 +96,7 @@ def _classifier_step_kernel(
     PRECISION: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
     LOSS: tl.constexpr,
+    SMOOTH: tl.constexpr,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
     N_KEEP: tl.constexpr,
@@ -157,7 +160,16 @@ def _classifier_step_kernel(
             target, position = targets(
                 positive_label_ptr, positive_row_ptr, first, stop, label, offs_b, BLOCK_G, BLOCK_B
             )
-            value, grad = loss_and_gradient(score, target, LOSS)
+            value, grad = loss_and_gradient(
+                score,
+                target,
+                positive_weight_ptr,
+                label[:, None],
+                mask_g[:, None],
+                smoothing,
+                LOSS,
+                SMOOTH,
+            )
             counts = mask_g[:, None] & (offs_b < num_rows)[None, :]
             total += tl.sum(tl.where(counts, value, 0.0), axis=0)
             grad = tl.where(counts, grad * grad_scale, 0.0)
@@ -282,7 +294,7 @@ def step_launch(
     positives: Positives,
     d_x_t: Tensor,
     state: ClassifierState,
-    loss: str,
+    objective: Objective,
     rule: UpdateRule,
     lr: float,
     step: int,
@@ -294,7 +306,8 @@ def step_launch(
     """The step over the whole layer, and the programs' parts of the loss."""
     features, width = x_t.shape
     fan_in, group = layer.fan_in, layer.group
-    tiles = unit_tiles(num_rows, layer, x_t.dtype, fused=True)
+    weighted = objective.positive_weight is not None
+    tiles = unit_tiles(num_rows, layer, x_t.dtype, fused=True, weighted=weighted)
     units = num_units(layer.num_labels, group, tiles.block_g)
     one_tile = width == tiles.block_b
     in_registers = one_tile and (layer.scale is None or fan_in <= tiles.block_f)
@@ -324,6 +337,7 @@ def step_launch(
         "bias_m_ptr": state.bias_m,
         "bias_v_ptr": state.bias_v,
         "bias_kept_ptr": state.grad_bias,
+        **objective.arguments(),
         "unit_grad_ptr": torch.empty(buffers, dtype=empty, device=x_t.device),
         "num_rows": num_rows,
         "features": features,
@@ -345,7 +359,7 @@ def step_launch(
         "IN_REGISTERS": in_registers,
         **dot_settings(x_t, layer.weight),
         "DETERMINISTIC": deterministic,
-        "LOSS": loss,
+        **objective.constants(),
         "RULE": rule.kind,
         "UPDATE": update,
         **pattern_constants(layer),
@@ -367,6 +381,8 @@ def classifier_step(
     grad_scale: float,
     update: bool,
     seed: int = 0,
+    smoothing: float = 0.0,
+    positive_weight: Tensor | None = None,  # [L]
     *,
     deterministic: bool | None = None,
     by: str | None = None,
@@ -379,13 +395,17 @@ def classifier_step(
         deterministic = torch.are_deterministic_algorithms_enabled()
     layer = replace(layer, index=None if layer.index is None else layer.index.contiguous())
     positives = sort_by_label(indptr, indices, layer.num_labels)
-    numbers = (loss, rule, lr, step, seed, grad_scale, update)
+    if positive_weight is not None:
+        positive_weight = positive_weight.float().contiguous()
+    objective = Objective(loss, smoothing, positive_weight)
+    numbers = (objective, rule, lr, step, seed, grad_scale, update)
     by = "densify" if layer.index is None else by or strategy(x, layer, deterministic)
     if by == "blocks":
         return blocks.classifier_step(x, layer, positives, state, *numbers, deterministic)
     if by == "densify":
         return densify.classifier_step(x, layer, positives, state, *numbers)
-    tiles = unit_tiles(x.shape[0], layer, x.dtype, fused=True)
+    weighted = positive_weight is not None
+    tiles = unit_tiles(x.shape[0], layer, x.dtype, fused=True, weighted=weighted)
     units = num_units(layer.num_labels, layer.group, tiles.block_g)
     x_t = feature_major(x, tiles.block_b)
     parts = deterministic_programs(x_t, units) if deterministic else 0

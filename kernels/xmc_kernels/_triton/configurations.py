@@ -15,6 +15,7 @@ from xmc_kernels._triton import blocks, classifier, densify, fan_in, topk
 from xmc_kernels._triton.float8 import quantize_launch
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.layers import label_range
+from xmc_kernels._triton.losses import Objective
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.update import constants
 from xmc_kernels.layer import Layer
@@ -110,10 +111,19 @@ def _steps() -> Iterator[tuple[str, Launch]]:
         x_t = _empty(_FEATURES, rows, dtype=_DTYPES[dtype])
         d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
         rule, state = _rule(kind, layer)
-        numbers = (loss, rule, 0.1, 1, 0, 0.01, kind != "", rows)
-        launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
-        title = _title(layer, dtype, rows)
-        yield f"step {loss} {kind or 'accumulate'} {form} {title}", launch
+        title = f"{kind or 'accumulate'} {form} {_title(layer, dtype, rows)}"
+        for name, objective in _objectives(loss, _LABELS):
+            if objective.smoothing and (group == 16) == (pattern is None):
+                continue  # G64 of these, and patterns of G16, need most registers
+            numbers = (objective, rule, 0.1, 1, 0, 0.01, kind != "", rows)
+            launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
+            yield f"step {name} {title}", launch
+
+
+def _objectives(loss: str, num_labels: int) -> Iterator[tuple[str, Objective]]:
+    """A loss as it is, and of smoothed and weighted positives."""
+    yield loss, Objective(loss)
+    yield f"{loss} weighted", Objective(loss, 0.1, _empty(num_labels))
 
 
 def _rule(kind: str, layer: Layer) -> tuple[UpdateRule, ClassifierState]:
@@ -141,7 +151,9 @@ def _densified() -> Iterator[tuple[str, Launch]]:
     bias, parts = _empty(labels, dtype=dtype), _empty(labels)
     for loss in ("bce", "squared_hinge"):
         tensors = (scores, bias, target, scores.to(dtype), _empty(labels, 1), parts)
-        yield f"gradient {loss} bf16 B128", densify.gradient_launch(*tensors, loss, 0.01)
+        for name, objective in _objectives(loss, labels):
+            launch = densify.gradient_launch(*tensors, objective, 0.01)
+            yield f"gradient {name} bf16 B128", launch
     for name, kind, pattern in (
         *(("bf16", kind, None) for kind in RULES),
         ("bf16", "adamw", (4, 8)),
@@ -188,10 +200,10 @@ def _blocks() -> Iterator[tuple[str, Launch]]:
         yield f"blocks d_weight {title}", blocks.weight_launch(out, x_t, layer, d_weight, rows)
         common = (rows, start, stop)
         grad = _empty(rows, stop - start, dtype=torch.float32 if name.startswith("fp") else dtype)
-        sums = (_empty(4, stop - start), _empty(4096), loss, 0.01)
-        units = _empty(1024, dtype=torch.int64)
-        launch = blocks.forward_launch(x_t, layer, grad, *(*common, pairs, units, *sums))
-        yield f"blocks {loss} {title}", launch
+        sums, units = (_empty(4, stop - start), _empty(4096)), _empty(1024, dtype=torch.int64)
+        for written, objective in _objectives(loss, _LABELS):
+            values = (*common, pairs, units, *sums, objective, 0.01)
+            yield f"blocks {written} {title}", blocks.forward_launch(x_t, layer, grad, *values)
         d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
         yield f"blocks d_x {form} {title}", blocks.input_launch(grad, x_t, layer, d_x_t, *common)
         rule, state = _rule(kind, layer)

@@ -17,7 +17,7 @@ from xmc_kernels._reference.fan_in import tile_weight
 from xmc_kernels._triton.float8 import decode, quantize_launch
 from xmc_kernels._triton.launch import Launch, bfloat16_product, cdiv
 from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
-from xmc_kernels._triton.losses import loss_and_gradient
+from xmc_kernels._triton.losses import Objective, loss_and_gradient
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.tiles import dense_labels
 from xmc_kernels._triton.update import apply, constants, keys
@@ -65,12 +65,15 @@ def _gradient_kernel(
     grad_ptr,  # [B, C]
     d_bias_ptr,  # [C]
     loss_ptr,  # [programs]
+    positive_weight_ptr,  # [C] or None
     num_rows,
     num_labels,  # C
     grad_scale,
+    smoothing,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     LOSS: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_labels
@@ -85,7 +88,16 @@ def _gradient_kernel(
         mask = (offs_b < num_rows)[:, None] & mask_c[None, :]
         score = tl.load(scores_ptr + offs, mask=mask, other=0.0) + bias[None, :]
         target = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.float32)
-        value, grad = loss_and_gradient(score, target, LOSS)
+        value, grad = loss_and_gradient(
+            score,
+            target,
+            positive_weight_ptr,
+            offs_c[None, :],
+            mask_c[None, :],
+            smoothing,
+            LOSS,
+            SMOOTH,
+        )
         grad = tl.where(mask, grad * grad_scale, 0.0)
         tl.store(grad_ptr + offs, grad, mask=mask)
         d_bias += tl.sum(grad, axis=0)
@@ -184,10 +196,14 @@ def gradient_launch(
     grad: Tensor,
     d_bias: Tensor,
     loss_parts: Tensor,
-    loss: str,
+    objective: Objective,
     grad_scale: float,
+    start: int = 0,
 ) -> Launch:
-    """Loss gradient of a block [B, C], its sum over rows and the programs' parts of the loss."""
+    """Loss gradient of a block [B, C], its sum over rows and the programs' parts of the loss.
+
+    The block's labels begin at `start`.
+    """
     arguments = {
         "scores_ptr": scores,
         "bias_ptr": bias,
@@ -195,11 +211,12 @@ def gradient_launch(
         "grad_ptr": grad,
         "d_bias_ptr": d_bias,
         "loss_ptr": loss_parts,
+        **objective.arguments(start),
         "num_rows": scores.shape[0],
         "num_labels": scores.shape[1],
         "grad_scale": float(grad_scale),
     }
-    values = {"BLOCK_B": _BLOCK_B, "BLOCK_C": _BLOCK_C, "LOSS": loss}
+    values = {"BLOCK_B": _BLOCK_B, "BLOCK_C": _BLOCK_C, **objective.constants()}
     return Launch(_gradient_kernel, cdiv(scores.shape[1], _BLOCK_C), arguments, values)
 
 
@@ -275,7 +292,7 @@ def classifier_step(
     layer: Layer,
     positives: Positives,
     state: ClassifierState,
-    loss: str,
+    objective: Objective,
     rule: UpdateRule,
     lr: float,
     step: int,
@@ -307,7 +324,8 @@ def classifier_step(
         grad = torch.empty_like(scores, dtype=dtype)
         d_bias = scores.new_empty(stop - start, 1)
         parts.append(scores.new_empty(cdiv(stop - start, _BLOCK_C)))
-        gradient_launch(scores, part(bias), target, grad, d_bias, parts[-1], loss, grad_scale).run()
+        block = (scores, part(bias), target, grad, d_bias, parts[-1])
+        gradient_launch(*block, objective, grad_scale, start).run()
         d_x += product(grad, dense)
         d_dense = product(grad.T, wide)
         memory = (part(state.weight_m), part(state.weight_v), part(state.grad_weight))

@@ -112,11 +112,19 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool = False) -> Tiles:
+def unit_tiles(
+    num_rows: int,
+    layer: Layer,
+    dtype: torch.dtype,
+    *,
+    fused: bool = False,
+    weighted: bool = False,
+) -> Tiles:
     """Tiles of the kernels that go unit by unit (`products.py`): the table's, cut to the shape.
 
-    `dtype` is that of x; `fused` is the training step, which holds most at once. float32 products
-    on tensor cores hold three parts of each operand: smaller tiles.
+    `dtype` is that of x; `fused` is the training step, which holds most at once, and more with
+    `weighted` positives. float32 products on tensor cores hold three parts of each operand:
+    smaller tiles.
     """
     group = layer.group
     wide = torch.float32 in (dtype, layer.weight.dtype)
@@ -133,6 +141,8 @@ def unit_tiles(num_rows: int, layer: Layer, dtype: torch.dtype, *, fused: bool =
     block_g = min(max(16, power_of_2(group)), most.block_g)
     decoded = layer.pattern is not None or layer.scale is not None
     if fused and block_g == 32 and (block_f < 64 or layer.scale is not None or crowded):
+        block_b = min(block_b, 64)
+    if weighted and layer.pattern is not None:
         block_b = min(block_b, 64)
     small = not (fused or wide or block_g == most.block_g or decoded)
     num_warps = 4 if small else most.num_warps

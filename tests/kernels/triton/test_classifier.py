@@ -260,13 +260,14 @@ def test_large_scores_stay_finite_and_exact(form, oracle, train, problem) -> Non
 
 def test_small_losses_keep_their_digits(device) -> None:
     from xmc_kernels._triton import densify
+    from xmc_kernels._triton.losses import Objective
 
     scores = torch.linspace(-20, -1, 60, device=device)[None]
     target = torch.zeros(1, 60, dtype=torch.uint8, device=device)
     grad, d_bias, parts = scores.clone(), scores[0].clone(), torch.zeros(1, device=device)
     for number in range(0, 60, 7):
         one = (scores[:, number : number + 1].clone(), None, target[:, :1], grad[:, :1])
-        densify.gradient_launch(*one, d_bias[:1], parts, "bce", 1.0).run()
+        densify.gradient_launch(*one, d_bias[:1], parts, Objective("bce"), 1.0).run()
         truth = torch.nn.functional.softplus(scores[0, number].double())
         torch.testing.assert_close(parts[0].double(), truth, rtol=3e-7, atol=0)
 
