@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmc_kernels import checks
+from xmc_kernels import checks, float8
 from xmc_kernels._reference import classifier as reference
 from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, UpdateRule, make_state, moment_dtype
@@ -59,7 +59,8 @@ def classifier_step_(
     `update=True` applies the sum and drops it, so accumulation is exact. bfloat16 weights are
     rounded stochastically: `rounding.py`, keyed by `seed`, step and position. `pattern` and
     `scale` as in `fan_in_linear`; float8 weights (experimental) are rounded stochastically too,
-    and their scales written in place.
+    and their scales written in place. So are float8 moments of weights (`rule.moment_dtype`),
+    which cost adamw two bytes a weight, not eight; see `float8.py`. Biases keep float32 moments.
 
     A positive entry of label l counts `positive_weight[l] * ((1 - smoothing) * loss(score, 1) +
     smoothing * loss(score, 0))`, in value and gradient; for "bce" that is a target of
@@ -91,6 +92,8 @@ def classifier_step_(
         state.bias_v,
         state.grad_weight,
         state.grad_bias,
+        state.weight_m_scale,
+        state.weight_v_scale,
         loss,
         rule.kind,
         [rule.momentum, *rule.betas, rule.eps, rule.weight_decay],
@@ -174,6 +177,22 @@ def _check_state(
             raise ValueError(
                 f"expected state.{name} of shape {list(like.shape)} for {rule.kind}, got {got}"
             )
+        narrow = name.startswith("weight") and rule.moment_dtype == "float8"
+        if (tensor.dtype == float8.DTYPE) != narrow:
+            wanted_dtype = float8.DTYPE if narrow else moment_dtype(like)
+            raise TypeError(f"expected state.{name} of {wanted_dtype}, got {tensor.dtype}")
+    for name, wanted in (
+        ("weight_m_scale", rule.keeps_mean),
+        ("weight_v_scale", rule.keeps_square),
+    ):
+        scale = getattr(state, name)
+        narrow = wanted and rule.moment_dtype == "float8"
+        if (scale is not None) != narrow or (narrow and scale.shape != weight.shape[:1]):
+            shape = f"of shape {list(weight.shape[:1])}" if narrow else "None"
+            got = None if scale is None else list(scale.shape)
+            raise ValueError(
+                f"expected state.{name} {shape} with moments of {rule.moment_dtype}, got {got}"
+            )
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -215,7 +234,9 @@ def _on_cuda(
 ) -> tuple[Tensor, Tensor]:
     """The Triton step; the reference for float64 and for strided weights or moments."""
     memory = vars(state).values()
-    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cuda(x, layer, *memory)):
+    if state.weight_m_scale is not None or not (
+        checks.written_in_place(layer, *memory) and checks.compiled_on_cuda(x, layer, *memory)
+    ):
         return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._triton import classifier as triton
 
@@ -234,6 +255,8 @@ def _on_cuda(
         "bias_v",
         "grad_weight",
         "grad_bias",
+        "weight_m_scale",
+        "weight_v_scale",
     ),
 )
 def _classifier_step(
@@ -251,6 +274,8 @@ def _classifier_step(
     bias_v: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    weight_m_scale: Tensor | None,
+    weight_v_scale: Tensor | None,
     loss: str,
     kind: str,
     constants: list[float],
@@ -265,7 +290,10 @@ def _classifier_step(
     return _step(
         reference.classifier_step,
         (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices),
-        ClassifierState(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
+        ClassifierState(
+            *(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
+            *(weight_m_scale, weight_v_scale),
+        ),
         *(loss, kind, constants, lr, step, grad_scale, update, seed, smoothing, positive_weight),
     )
 
@@ -273,13 +301,13 @@ def _classifier_step(
 @_classifier_step.register_kernel("cpu")
 def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
-    return _step(_on_cpu, tensors, ClassifierState(*rest[:6]), *rest[6:])
+    return _step(_on_cpu, tensors, ClassifierState(*rest[:8]), *rest[8:])
 
 
 @_classifier_step.register_kernel("cuda")
 def _(x, weight, index, bias, pattern, scale, indptr, indices, *rest) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     tensors = (x, Layer.of(weight, index, bias, pattern, scale), indptr, indices)
-    return _step(_on_cuda, tensors, ClassifierState(*rest[:6]), *rest[6:])
+    return _step(_on_cuda, tensors, ClassifierState(*rest[:8]), *rest[8:])
 
 
 def _step(
@@ -298,8 +326,9 @@ def _step(
     positive_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(*tensors)
-    momentum, beta1, beta2, eps, weight_decay = constants
-    rule = UpdateRule(kind, momentum, (beta1, beta2), eps, weight_decay)  # type: ignore[arg-type]
+    momentum, beta1, beta2, eps, decay = constants
+    narrow = "float32" if state.weight_m_scale is None else "float8"
+    rule = UpdateRule(kind, momentum, (beta1, beta2), eps, decay, narrow)  # type: ignore[arg-type]
     numbers = (lr, step, grad_scale, update, seed, smoothing, positive_weight)
     return backend(*tensors, state, loss, rule, *numbers)
 

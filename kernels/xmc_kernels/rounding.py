@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-WEIGHT, BIAS = 0, 1
-"""Streams of one step."""
+WEIGHT, BIAS, MEAN, ROOT = 0, 1, 2, 3
+"""Streams of one step: weights, biases, and float8 moments of weights."""
 
 
 def _mix_int(x: int) -> int:

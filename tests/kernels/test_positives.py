@@ -110,7 +110,7 @@ def test_operator_contract(problem) -> None:
     p = problem(4, 6, 10, 6)
     tensors = (p.x, p.weight, p.index, p.bias, None, None, p.indptr, p.indices)
     state = make_state(p.weight, p.bias, UpdateRule("adamw"))
-    moments = (state.weight_m, state.weight_v, state.bias_m, state.bias_v, None, None)
+    moments = tuple(vars(state).values())
     numbers = ([0.9, 0.9, 0.99, 1e-8, 0.1], 0.1, 1, 0.25, True, 3, 0.1, torch.rand(10))
     arguments = (*tensors, *moments, "bce", "adamw", *numbers)
     torch.library.opcheck(torch.ops.xmc.classifier_step.default, arguments)

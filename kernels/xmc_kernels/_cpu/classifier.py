@@ -54,7 +54,7 @@ _MASK = 0xFFFFFFFF  # 32 bits, unsigned
 _ZERO, _ONE = np.float32(0), np.float32(1)
 ARGUMENTS = threads.record_type(
     addresses=f"{labels.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
-    "grad_weight grad_bias scratch d_x value",
+    "grad_weight grad_bias weight_m_scale weight_v_scale scratch d_x value",
     integers=f"{labels.INTEGERS} scratch_bytes num_keys loss apply rule weight_key bias_key",
     floats=CONSTANTS,
 )

@@ -15,7 +15,7 @@ from xmc_kernels._reference.fan_in import (
     tile_weight,
 )
 from xmc_kernels.layer import Layer
-from xmc_kernels.rounding import BIAS, WEIGHT
+from xmc_kernels.rounding import BIAS, MEAN, ROOT, WEIGHT
 from xmc_kernels.update import ClassifierState, UpdateRule
 
 
@@ -77,7 +77,9 @@ def updated(
     return p.sub_(grad, alpha=lr)
 
 
-def store_(param: Tensor, scale: Tensor | None, value: Tensor, key: int, start: int) -> None:
+def store_(
+    param: Tensor, scale: Tensor | None, value: Tensor, key: int, start: int, *, vanish: bool = True
+) -> None:
     """Write rows from `start` on in param's dtype: bfloat16 and float8 rounded stochastically."""
     if param.dtype not in (torch.bfloat16, float8.DTYPE):
         param.copy_(value)
@@ -90,7 +92,33 @@ def store_(param: Tensor, scale: Tensor | None, value: Tensor, key: int, start: 
         return
     bits = rounding.noise(key, rows[:, None] + start, columns, float8.NOISE_BITS)
     scale.copy_(float8.row_scale(table.float()))
-    param.copy_(float8.quantize(table.float(), scale, bits))
+    param.copy_(float8.quantize(table.float(), scale, bits, vanish=vanish))
+
+
+def updated_narrow(
+    param: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor | None, Tensor | None],  # float8
+    scales: tuple[Tensor | None, Tensor | None],
+    rule: UpdateRule,
+    lr: float,
+    step: int,
+    seed: int,
+    start: int,
+) -> Tensor:
+    """`updated` of weights from label `start` on, whose moments are float8: v's square roots."""
+    m, v = (
+        None if moment is None or scale is None else float8.dequantize(moment, scale, grad.dtype)
+        for moment, scale in zip(moments, scales, strict=True)
+    )
+    v = None if v is None else v.square()
+    new = updated(param, grad, m, v, rule, lr, step, rule.weight_decay)
+    roots = None if v is None else v.sqrt()
+    for stored, scale, value, stream in zip(moments, scales, (m, roots), (MEAN, ROOT), strict=True):
+        if stored is not None and value is not None:
+            key = rounding.stream_key(seed, step, stream)
+            store_(stored, scale, value, key, start, vanish=stream == MEAN)
+    return new
 
 
 def classifier_step(
@@ -151,12 +179,17 @@ def classifier_step(
                 grad = kept[start:stop].add_(grad)
             if not update:
                 continue
+            moments = take(m), take(v)
             if stream == WEIGHT:
                 old, scale = tile_weight(layer, start, stop, grad.dtype), take(layer.scale)
                 decay = rule.weight_decay
             else:
                 old, scale, decay = param[start:stop].to(grad.dtype), None, 0.0
-            new = updated(old, grad, take(m), take(v), rule, lr, step, decay)
+            if stream == WEIGHT and rule.moment_dtype == "float8":
+                scales = take(state.weight_m_scale), take(state.weight_v_scale)
+                new = updated_narrow(old, grad, moments, scales, rule, lr, step, seed, start)
+            else:
+                new = updated(old, grad, *moments, rule, lr, step, decay)
             key = rounding.stream_key(seed, step, stream)
             store_(param[start:stop], scale, new, key, start)
     return total.to(torch.float32), d_x.to(x.dtype)
