@@ -234,9 +234,7 @@ def _on_cuda(
 ) -> tuple[Tensor, Tensor]:
     """The Triton step; the reference for float64 and for strided weights or moments."""
     memory = vars(state).values()
-    if state.weight_m_scale is not None or not (
-        checks.written_in_place(layer, *memory) and checks.compiled_on_cuda(x, layer, *memory)
-    ):
+    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cuda(x, layer, *memory)):
         return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._triton import classifier as triton
 

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels._reference.fan_in import gradient_like
-from xmc_kernels._triton.densify import update_launch, wide_rows
-from xmc_kernels._triton.float8 import decode, quantize_launch
+from xmc_kernels._triton.densify import round_weights, update_launch, wide_rows
+from xmc_kernels._triton.float8 import decode
 from xmc_kernels._triton.launch import (
     Launch,
     batch_major,
@@ -35,6 +35,14 @@ from xmc_kernels._triton.launch import (
 )
 from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
 from xmc_kernels._triton.losses import Objective, loss_and_gradient
+from xmc_kernels._triton.moments import (
+    Room,
+    as_bytes,
+    make_room,
+    moment_arguments,
+    room_rows,
+    round_moments,
+)
 from xmc_kernels._triton.positives import Positives, targets
 from xmc_kernels._triton.products import scatter_add
 from xmc_kernels._triton.tiles import block_tiles, deterministic_programs, gradient_labels
@@ -257,6 +265,10 @@ def _blocks_weight_kernel(
     m_ptr,
     v_ptr,
     kept_ptr,
+    m_scale_ptr,  # [L] of float8 moments, or None
+    v_scale_ptr,
+    m_room_ptr,  # [stop - start, F] float32 for new float8 moments
+    v_room_ptr,
     start,
     stop,
     num_rows,
@@ -267,6 +279,8 @@ def _blocks_weight_kernel(
     run,
     stride_gb,
     key,
+    mean_key,
+    root_key,
     decay,
     lr,
     momentum,
@@ -297,6 +311,7 @@ def _blocks_weight_kernel(
     mask_s = (slot < fan_in) & (offs_s % N_ROOM < N_KEEP)
     averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
     scales = (eps, mean_scale, root_scale)
+    narrow = (m_scale_ptr, v_scale_ptr, m_room_ptr, v_room_ptr, mean_key, root_key)
     for first in range(part * run, min((part + 1) * run, stop - start), BLOCK_L):
         column = first + tl.arange(0, BLOCK_L)
         label = start + column
@@ -318,19 +333,23 @@ def _blocks_weight_kernel(
         else:
             weight = tl.load(weight_ptr + at, mask=mask, other=0)
             out = weight_ptr + at
+            at_room = column.to(tl.int64)[:, None] * fan_in + slot[None, :]
             if scale_ptr is not None:
                 scale = tl.load(scale_ptr + label, mask=mask_l, other=0.0)
                 weight = decode(weight) * scale[:, None]
-                out = wide_ptr + column.to(tl.int64)[:, None] * fan_in + slot[None, :]
+                out = wide_ptr + at_room
             apply(
                 weight,
                 out,
                 None,
                 (m_ptr, v_ptr, kept_ptr),
+                narrow,
                 at,
+                at_room,
                 mask,
                 d_weight,
                 label[:, None],
+                mask_l[:, None],
                 slot[None, :],
                 key,
                 decay,
@@ -432,16 +451,18 @@ def weight_launch(
     state: ClassifierState | None = None,
     rule: UpdateRule | None = None,
     numbers: dict[str, float] | None = None,
-    key: int = 0,
+    key: dict[str, int] | None = None,
     update: bool = True,
     wide: Tensor | None = None,
+    room: Room | None = None,
 ) -> Launch:
     """d_weight [L, F] written from grad [B, stop - start]; or, where it is None, applied.
 
-    New float8 weights go to `wide` [stop - start, F] float32.
+    New float8 weights go to `wide` [stop - start, F] float32, new float8 moments to `room`.
     """
     stop = layer.num_labels if stop is None else stop
     state, rule = state or ClassifierState(), rule or UpdateRule("sgd")
+    key = key or keys(0, 1)
     tiles = block_tiles(num_rows, layer, x_t.dtype)
     units = cdiv(stop - start, tiles.block_l)
     arguments = {
@@ -450,13 +471,14 @@ def weight_launch(
         **layer_arguments(layer, bias=False),
         "d_weight_ptr": d_weight,
         "wide_ptr": wide,
-        "m_ptr": state.weight_m,
-        "v_ptr": state.weight_v,
+        "m_ptr": as_bytes(state.weight_m),
+        "v_ptr": as_bytes(state.weight_v),
         "kept_ptr": state.grad_weight,
+        **moment_arguments(state, room or Room(), key),
         **_sizes(x_t, layer, num_rows, start, stop),
         "run": tiles.walk * tiles.block_l,
         "stride_gb": grad.stride(0),
-        "key": key,
+        "key": key["weight_key"],
         "decay": float(rule.weight_decay),
         **(numbers or constants(rule, 0.0, 1)),
     }
@@ -527,7 +549,9 @@ def classifier_step(
     num_tiles = x_t.shape[1] // tiles.block_b
     half = dot_settings(x, layer.weight)["DOT_DTYPE"] == tl.bfloat16
     dtype = torch.bfloat16 if half else torch.float32
-    width = gradient_labels(num_rows, layer, dtype.itemsize, tiles.block_l)
+    room_bytes = 4 * layer.fan_in * ((layer.scale is not None) + room_rows(state))
+    label_bytes = num_rows * dtype.itemsize + room_bytes
+    width = gradient_labels(num_labels, label_bytes, tiles.block_l)
     first = positives.first(torch.arange(0, num_labels, tiles.block_l, device=x.device))
     units = cdiv(width, tiles.block_l)
     parts = deterministic_programs(x_t, units) if deterministic else 0
@@ -543,18 +567,18 @@ def classifier_step(
         losses = torch.empty_like(d_bias)
         pairs = (positives, first[start // tiles.block_l :][:units])
         common, wide = (num_rows, start, stop), wide_rows(layer, start, stop)
+        room = make_room(state, stop - start, layer.fan_in)
         forward_launch(
             *(x_t, layer, grad, *common, *pairs, d_bias, losses, objective, grad_scale)
         ).run()
         total += losses.sum(dtype=torch.float64)
         input_launch(grad, x_t, layer, d_x_t, *common).run()
         weight_launch(
-            *(grad, x_t, layer, None, *common, state, rule, numbers, key["weight_key"], update),
-            wide=wide,
+            *(grad, x_t, layer, None, *common, state, rule, numbers, key, update, wide, room)
         ).run()
-        if wide is not None and layer.scale is not None and update:
-            codes = layer.weight.view(torch.uint8)
-            quantize_launch(wide, codes, layer.scale, start, key["weight_key"]).run()
+        if update:
+            round_weights(layer, wide, start, key)
+            round_moments(state, room, start, key)
         if bias is not None:
             m, v, kept = (
                 None if t is None else t[start:stop]

@@ -28,6 +28,13 @@ from xmc_kernels._triton.launch import (
 )
 from xmc_kernels._triton.layers import layer_arguments, pattern_constants
 from xmc_kernels._triton.losses import Objective, loss_and_gradient
+from xmc_kernels._triton.moments import (
+    Room,
+    as_bytes,
+    is_narrow,
+    make_room,
+    moment_arguments,
+)
 from xmc_kernels._triton.positives import Positives, sort_by_label, targets
 from xmc_kernels._triton.products import (
     input_gradient,
@@ -61,6 +68,10 @@ def _classifier_step_kernel(
     weight_m_ptr,
     weight_v_ptr,
     weight_kept_ptr,
+    m_scale_ptr,  # [L] of float8 moments, or None
+    v_scale_ptr,
+    m_room_ptr,  # [programs, BLOCK_G, F] for new float8 moments, or None: in registers
+    v_room_ptr,
     bias_m_ptr,
     bias_v_ptr,
     bias_kept_ptr,
@@ -87,11 +98,13 @@ def _classifier_step_kernel(
     root_scale,
     weight_key,
     bias_key,
+    mean_key,
+    root_key,
     BLOCK_G: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # F <= BLOCK_F
-    IN_REGISTERS: tl.constexpr,  # width == BLOCK_B, and for float8 weights F <= BLOCK_F too
+    IN_REGISTERS: tl.constexpr,  # width == BLOCK_B, and for float8 numbers F <= BLOCK_F too
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
@@ -105,10 +118,16 @@ def _classifier_step_kernel(
     program = tl.program_id(0)
     if DETERMINISTIC:
         d_x_t_ptr += program.to(tl.int64) * features * width
-    unit_grad_ptr += program.to(tl.int64) * BLOCK_G * fan_in
+    own_room = program.to(tl.int64) * BLOCK_G * fan_in
+    unit_grad_ptr += own_room
+    if m_room_ptr is not None:
+        m_room_ptr += own_room
+    if v_room_ptr is not None:
+        v_room_ptr += own_room
     averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
     scales = (eps, mean_scale, root_scale)
     weight_memory = (weight_m_ptr, weight_v_ptr, weight_kept_ptr)
+    narrow = (m_scale_ptr, v_scale_ptr, m_room_ptr, v_room_ptr, mean_key, root_key)
     bias_memory = (bias_m_ptr, bias_v_ptr, bias_kept_ptr)
     parts = (group + BLOCK_G - 1) // BLOCK_G
     columns_of_bias = tl.zeros((BLOCK_G,), tl.int32)
@@ -196,16 +215,20 @@ def _classifier_step_kernel(
                 scatter_add(d_x_t_ptr, rows, offs_b, mask_x, d_x, DETERMINISTIC)
                 d_weight = weight_gradient(grad, x, DOT_DTYPE, PRECISION)
                 offs_f = start + tl.arange(0, BLOCK_F)
+                local = tl.arange(0, BLOCK_G)[:, None] * fan_in + offs_f[None, :]
                 if IN_REGISTERS:
                     apply(
                         weight,
                         weight_ptr + at,
                         scale_ptr,
                         weight_memory,
+                        narrow,
                         at,
+                        local,
                         mask_w,
                         d_weight,
                         label[:, None],
+                        mask_g[:, None],
                         offs_f[None, :],
                         weight_key,
                         decay,
@@ -216,7 +239,6 @@ def _classifier_step_kernel(
                         UPDATE,
                     )
                 else:
-                    local = tl.arange(0, BLOCK_G)[:, None] * fan_in + offs_f[None, :]
                     tl.debug_barrier()
                     if start_b > 0:
                         d_weight += tl.load(unit_grad_ptr + local, mask=mask_w, other=0.0)
@@ -238,10 +260,13 @@ def _classifier_step_kernel(
                     out,
                     None,
                     weight_memory,
+                    narrow,
                     at,
+                    local,
                     mask_w,
                     d_weight,
                     label[:, None],
+                    mask_g[:, None],
                     offs_f[None, :],
                     weight_key,
                     decay,
@@ -252,30 +277,65 @@ def _classifier_step_kernel(
                     UPDATE,
                 )
             tl.debug_barrier()
-            if scale_ptr is not None and UPDATE:
-                quantize_rows(
-                    unit_grad_ptr,
-                    tl.arange(0, BLOCK_G).to(tl.int64) * fan_in,
-                    weight_ptr,
-                    scale_ptr,
-                    label,
-                    mask_g,
-                    fan_in,
-                    weight_key,
-                    BLOCK_G,
-                    BLOCK_F,
-                )
-                tl.debug_barrier()
+            if UPDATE:
+                at_room = tl.arange(0, BLOCK_G).to(tl.int64) * fan_in
+                if scale_ptr is not None:
+                    quantize_rows(
+                        unit_grad_ptr,
+                        at_room,
+                        weight_ptr,
+                        scale_ptr,
+                        label,
+                        mask_g,
+                        fan_in,
+                        weight_key,
+                        BLOCK_G,
+                        BLOCK_F,
+                        True,
+                    )
+                if m_room_ptr is not None:
+                    quantize_rows(
+                        m_room_ptr,
+                        at_room,
+                        weight_m_ptr,
+                        m_scale_ptr,
+                        label,
+                        mask_g,
+                        fan_in,
+                        mean_key,
+                        BLOCK_G,
+                        BLOCK_F,
+                        True,
+                    )
+                if v_room_ptr is not None:
+                    quantize_rows(
+                        v_room_ptr,
+                        at_room,
+                        weight_v_ptr,
+                        v_scale_ptr,
+                        label,
+                        mask_g,
+                        fan_in,
+                        root_key,
+                        BLOCK_G,
+                        BLOCK_F,
+                        False,
+                    )
+                if scale_ptr is not None or m_room_ptr is not None:
+                    tl.debug_barrier()
         if bias_ptr is not None:
             apply(
                 bias,
                 bias_ptr + label,
                 None,
                 bias_memory,
+                (None, None, None, None, 0, 0),
+                label,
                 label,
                 mask_g,
                 d_bias,
                 label,
+                mask_g,
                 columns_of_bias,
                 bias_key,
                 0.0,
@@ -310,7 +370,8 @@ def step_launch(
     tiles = unit_tiles(num_rows, layer, x_t.dtype, fused=True, weighted=weighted)
     units = num_units(layer.num_labels, group, tiles.block_g)
     one_tile = width == tiles.block_b
-    in_registers = one_tile and (layer.scale is None or fan_in <= tiles.block_f)
+    one_block = fan_in <= tiles.block_f
+    in_registers = one_tile and (one_block or (layer.scale is None and not is_narrow(state)))
     walk = tiles.walk if in_registers else max(tiles.walk, cdiv(units, _MAX_PROGRAMS))
     deterministic = d_x_t.dim() == 3
     if deterministic:
@@ -319,6 +380,7 @@ def step_launch(
     parts = cdiv(group, tiles.block_g)
     empty = torch.float32
     buffers = (1, 1, 1) if in_registers else (programs, tiles.block_g, fan_in)
+    room = Room() if one_block else make_room(state, *buffers)
     loss_parts = torch.empty(programs, dtype=empty, device=x_t.device)
     starts = torch.arange(programs, device=x_t.device) * walk
     arguments = {
@@ -331,8 +393,8 @@ def step_launch(
         ),
         "d_x_t_ptr": d_x_t,
         "loss_ptr": loss_parts,
-        "weight_m_ptr": state.weight_m,
-        "weight_v_ptr": state.weight_v,
+        "weight_m_ptr": as_bytes(state.weight_m),
+        "weight_v_ptr": as_bytes(state.weight_v),
         "weight_kept_ptr": state.grad_weight,
         "bias_m_ptr": state.bias_m,
         "bias_v_ptr": state.bias_v,
@@ -350,12 +412,13 @@ def step_launch(
         "decay": float(rule.weight_decay),
         **constants(rule, lr, step),
         **keys(seed, step),
+        **moment_arguments(state, room, keys(seed, step)),
     }
     values = {
         "BLOCK_G": tiles.block_g,
         "BLOCK_F": tiles.block_f,
         "BLOCK_B": tiles.block_b,
-        "ONE_BLOCK": fan_in <= tiles.block_f,
+        "ONE_BLOCK": one_block,
         "IN_REGISTERS": in_registers,
         **dot_settings(x_t, layer.weight),
         "DETERMINISTIC": deterministic,

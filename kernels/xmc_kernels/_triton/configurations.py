@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from xmc_kernels._triton.float8 import quantize_launch
 from xmc_kernels._triton.launch import Launch
 from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.losses import Objective
+from xmc_kernels._triton.moments import make_room, moment_arguments
 from xmc_kernels._triton.positives import Positives
-from xmc_kernels._triton.update import constants
+from xmc_kernels._triton.update import constants, keys
 from xmc_kernels.layer import Layer
 from xmc_kernels.packing import packed_bytes
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule, make_state
@@ -85,6 +87,7 @@ def _steps() -> Iterator[tuple[str, Launch]]:
     pairs = Positives(_empty(641, dtype=torch.int32), _empty(641, dtype=torch.int32))
     plain = (
         ("bf16", "bce", "sgd", "atomic", 128, 64, None),
+        ("bf16", "bce", "adamw", "atomic", 128, 64, None),
         ("bf16", "bce", "adamw", "atomic", 512, 128, None),
         ("bf16", "squared_hinge", "momentum", "deterministic", 128, 32, None),
         ("bf16", "bce", "", "atomic", 128, 64, None),
@@ -93,6 +96,7 @@ def _steps() -> Iterator[tuple[str, Launch]]:
         ("fp32", "bce", "adamw", "deterministic", 512, 128, None),
         ("bf16", "bce", "adamw", "deterministic", 512, 64, None),
         ("f8", "bce", "sgd", "atomic", 128, 64, None),
+        ("f8", "bce", "adamw", "atomic", 128, 64, None),
         ("f8", "bce", "adamw", "deterministic", 512, 64, None),
         ("f8", "bce", "adamw", "atomic", 128, 128, None),
         ("f8", "squared_hinge", "momentum", "deterministic", 512, 32, None),
@@ -110,20 +114,28 @@ def _steps() -> Iterator[tuple[str, Launch]]:
         layer = _layer(group, dtype, width, pattern)
         x_t = _empty(_FEATURES, rows, dtype=_DTYPES[dtype])
         d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
-        rule, state = _rule(kind, layer)
-        title = f"{kind or 'accumulate'} {form} {_title(layer, dtype, rows)}"
         for name, objective in _objectives(loss, _LABELS):
-            if objective.smoothing and (group == 16) == (pattern is None):
-                continue  # G64 of these, and patterns of G16, need most registers
-            numbers = (objective, rule, 0.1, 1, 0, 0.01, kind != "", rows)
-            launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
-            yield f"step {name} {title}", launch
+            if objective.smoothing and group != (64 if pattern is None else 16):
+                continue  # those need most registers
+            for rule, state, rule_name in _rules(kind, layer):
+                title = f"{name} {rule_name} {form} {_title(layer, dtype, rows)}"
+                numbers = (objective, rule, 0.1, 1, 0, 0.01, kind != "", rows)
+                launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
+                yield f"step {title}", launch
 
 
 def _objectives(loss: str, num_labels: int) -> Iterator[tuple[str, Objective]]:
     """A loss as it is, and of smoothed and weighted positives."""
     yield loss, Objective(loss)
     yield f"{loss} weighted", Objective(loss, 0.1, _empty(num_labels))
+
+
+def _rules(kind: str, layer: Layer) -> Iterator[tuple[UpdateRule, ClassifierState, str]]:
+    """A rule with its state and name, and with float8 moments where it has them."""
+    yield *_rule(kind, layer), kind or "accumulate"
+    if kind in ("adamw", "momentum"):
+        rule = replace(_rule(kind, layer)[0], moment_dtype="float8")
+        yield rule, make_state(layer.weight, layer.bias, rule), f"{kind} m8"
 
 
 def _rule(kind: str, layer: Layer) -> tuple[UpdateRule, ClassifierState]:
@@ -161,17 +173,18 @@ def _densified() -> Iterator[tuple[str, Launch]]:
     ):
         layer = _layer(1, name, fan_in, pattern)
         part = label_range(layer, 0, labels)
-        rule, state = _rule(kind, part)
-        memory = (part.weight, state.weight_m, state.weight_v, None)
-        wide = densify.wide_rows(part, 0, labels)
-        numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True, part.scale, wide)
-        d_dense = _empty(labels, _FEATURES)
-        launch = densify.update_launch(d_dense, layer, memory, *numbers)
-        yield f"update {kind} {_title(layer, name, rows)}", launch
+        wide, d_dense = densify.wide_rows(part, 0, labels), _empty(labels, _FEATURES)
+        for rule, state, rule_name in _rules(kind, part):
+            memory = (part.weight, state.weight_m, state.weight_v, None)
+            numbers = (8192, rule, constants(rule, 0.1, 1), 12345, 0.0, True, part.scale, wide)
+            narrow = moment_arguments(state, make_room(state, labels, part.fan_in), keys(7, 1))
+            launch = densify.update_launch(d_dense, layer, memory, *numbers, narrow)
+            yield f"update {rule_name} {_title(layer, name, rows)}", launch
         if wide is not None and layer.scale is not None:
             codes = layer.weight.view(torch.uint8)
-            launch = quantize_launch(wide, codes, layer.scale, 8192, 12345)
-            yield f"quantize {_title(layer, name, rows)}", launch
+            for what, vanish in (("", True), (" roots", False)):
+                launch = quantize_launch(wide, codes, layer.scale, 8192, 12345, vanish=vanish)
+                yield f"quantize{what} {_title(layer, name, rows)}", launch
 
 
 def _blocks() -> Iterator[tuple[str, Launch]]:
@@ -206,12 +219,12 @@ def _blocks() -> Iterator[tuple[str, Launch]]:
             yield f"blocks {written} {title}", blocks.forward_launch(x_t, layer, grad, *values)
         d_x_t = _empty(*((64,) if form == "deterministic" else ()), _FEATURES, rows)
         yield f"blocks d_x {form} {title}", blocks.input_launch(grad, x_t, layer, d_x_t, *common)
-        rule, state = _rule(kind, layer)
-        numbers = (state, rule, constants(rule, 0.1, 1), 12345, kind != "")
-        launch = blocks.weight_launch(
-            grad, x_t, layer, None, *(*common, *numbers), wide=densify.wide_rows(layer, start, stop)
-        )
-        yield f"blocks {kind or 'accumulate'} {title}", launch
+        wide = densify.wide_rows(layer, start, stop)
+        for rule, state, rule_name in _rules(kind, layer):
+            room = make_room(state, stop - start, layer.fan_in)
+            numbers = (state, rule, constants(rule, 0.1, 1), keys(7, 1), kind != "", wide, room)
+            launch = blocks.weight_launch(*(grad, x_t, layer, None, *common, *numbers))
+            yield f"blocks {rule_name} {title}", launch
 
 
 def _topk() -> Iterator[tuple[str, Launch]]:

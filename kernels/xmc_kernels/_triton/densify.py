@@ -8,6 +8,8 @@ needs no scratch for its weights. [B, L] never exists; the blocks hold `tiles.SC
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,13 @@ from xmc_kernels._triton.float8 import decode, quantize_launch
 from xmc_kernels._triton.launch import Launch, bfloat16_product, cdiv
 from xmc_kernels._triton.layers import layer_arguments, load_columns, pattern_constants
 from xmc_kernels._triton.losses import Objective, loss_and_gradient
+from xmc_kernels._triton.moments import (
+    Room,
+    as_bytes,
+    make_room,
+    moment_arguments,
+    round_moments,
+)
 from xmc_kernels._triton.positives import Positives
 from xmc_kernels._triton.tiles import dense_labels
 from xmc_kernels._triton.update import apply, constants, keys
@@ -116,12 +125,18 @@ def _update_kernel(
     m_ptr,
     v_ptr,
     kept_ptr,
+    m_scale_ptr,  # [L] of float8 moments, or None
+    v_scale_ptr,
+    m_room_ptr,  # [C, F] float32 for new float8 moments
+    v_room_ptr,
     start,
     size,  # C * F
     features,
     fan_in,
     group,
     key,
+    mean_key,
+    root_key,
     decay,
     lr,
     momentum,
@@ -153,15 +168,19 @@ def _update_kernel(
     averages = (momentum, beta1, one_minus_beta1, beta2, one_minus_beta2)
     scales = (eps, mean_scale, root_scale)
     memory = (m_ptr, v_ptr, kept_ptr)
+    narrow = (m_scale_ptr, v_scale_ptr, m_room_ptr, v_room_ptr, mean_key, root_key)
     apply(
         param,
         out_ptr + offs,
         None,
         memory,
+        narrow,
+        offs,
         offs,
         mask,
         grad,
         start + label,
+        mask,
         slot,
         key,
         decay,
@@ -232,8 +251,13 @@ def update_launch(
     update: bool,
     scale: Tensor | None = None,  # [C]
     out: Tensor | None = None,  # [C, F] float32
+    narrow: dict[str, Any] | None = None,
 ) -> Launch:
-    """Parameters of labels from `start` on by the entries of their dense gradient."""
+    """Parameters of labels from `start` on by the entries of their dense gradient.
+
+    New float8 numbers are left in float32: parameters in `out`, moments in the room of `narrow`
+    (`moment_arguments`).
+    """
     param, m, v, kept = tensors
     param = param if scale is None else param.view(torch.uint8)
     arguments = {
@@ -242,9 +266,10 @@ def update_launch(
         "param_ptr": param,
         "scale_ptr": scale,
         "out_ptr": param if out is None else out,
-        "m_ptr": m,
-        "v_ptr": v,
+        "m_ptr": as_bytes(m),
+        "v_ptr": as_bytes(v),
         "kept_ptr": kept,
+        **(narrow or moment_arguments(ClassifierState(), Room(), keys(0, 1))),
         "start": start,
         "size": param.numel(),
         "features": d_dense.shape[1],
@@ -280,6 +305,13 @@ def wide_rows(layer: Layer, start: int, stop: int) -> Tensor | None:
     if layer.scale is None:
         return None
     return torch.empty(stop - start, layer.fan_in, device=layer.weight.device)
+
+
+def round_weights(layer: Layer, wide: Tensor | None, start: int, keys: dict[str, int]) -> None:
+    """float8 weights of labels from `start` on from the room of `wide_rows`."""
+    if wide is not None and layer.scale is not None:
+        codes = layer.weight.view(torch.uint8)
+        quantize_launch(wide, codes, layer.scale, start, keys["weight_key"]).run()
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -331,13 +363,15 @@ def classifier_step(
         memory = (part(state.weight_m), part(state.weight_v), part(state.grad_weight))
         common = (start, rule, numbers)
         scale, out = part(layer.scale), wide_rows(layer, start, stop)
+        room = make_room(state, stop - start, layer.fan_in)
         update_launch(
             *(d_dense, layer, (layer.weight[start:stop], *memory), *common),
             *(key["weight_key"], rule.weight_decay, update, scale, out),
+            moment_arguments(state, room, key),
         ).run()
-        if out is not None and layer.scale is not None and update:
-            codes = layer.weight.view(torch.uint8)
-            quantize_launch(out, codes, layer.scale, start, key["weight_key"]).run()
+        if update:
+            round_weights(layer, out, start, key)
+            round_moments(state, room, start, key)
         if bias is not None:
             memory = (part(state.bias_m), part(state.bias_v), part(state.grad_bias))
             tensors = (bias[start:stop], *memory)

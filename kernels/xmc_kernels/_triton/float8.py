@@ -1,4 +1,4 @@
-"""float8 weights (e4m3 under a scale per label) in registers: `float8.py`'s numbers, bit for bit.
+"""float8 numbers (e4m3 under a scale per label) in registers: `float8.py`'s numbers, bit for bit.
 
 Codes travel as bytes and are decoded by integers, because sm_80 has no e4m3. Experimental.
 """
@@ -33,12 +33,37 @@ def row_scale(largest):
 
 
 @triton.jit
-def encode(value, scale, bits):
-    """`value / scale` (float32, scale a power of two) as codes, rounded by the high 20 of bits."""
+def encode(value, scale, bits, VANISH: tl.constexpr):
+    """`value / scale` (float32, scale a power of two) as codes, rounded by the high 20 of bits.
+
+    Without VANISH nothing but zero becomes zero.
+    """
     inverse = ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     raw = (value * inverse * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
     raised = (raw & 0x7FFFFFFF) + (bits >> 12).to(tl.int32)
-    return ((raised >> 20) | ((raw >> 24) & 0x80)).to(tl.uint8)
+    size = raised >> 20
+    if not VANISH:
+        size = tl.maximum(size, (value != 0).to(tl.int32))
+    return (size | ((raw >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def store_rows(
+    out,  # pointers to the codes of whole rows [G, F]
+    scale_ptr,  # [L]
+    value,  # float32
+    mask,
+    rows,  # [G, 1]
+    mask_rows,
+    columns,  # [1, F]
+    key,
+    VANISH: tl.constexpr,
+):
+    """Write the scales and codes of rows that a program holds."""
+    value = tl.where(mask, value, 0.0)
+    scale = row_scale(tl.max(tl.abs(value), axis=1, keep_dims=True))
+    tl.store(scale_ptr + rows, scale, mask=mask_rows)
+    tl.store(out, encode(value, scale, noise(key, rows, columns), VANISH), mask=mask)
 
 
 @triton.jit
@@ -53,6 +78,7 @@ def quantize_rows(
     key,
     BLOCK_G: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    VANISH: tl.constexpr,
 ):
     """Write the scales and codes of labels, of any fan-in: once for the largest, once to round."""
     largest = tl.zeros((BLOCK_G, BLOCK_F), tl.float32)
@@ -68,7 +94,7 @@ def quantize_rows(
         offs_f = (start + tl.arange(0, BLOCK_F))[None, :]
         mask = mask_g[:, None] & (offs_f < fan_in)
         value = tl.load(value_ptr + at_value[:, None] + offs_f, mask=mask, other=0.0)
-        code = encode(value, scale[:, None], noise(key, label[:, None], offs_f))
+        code = encode(value, scale[:, None], noise(key, label[:, None], offs_f), VANISH)
         tl.store(weight_ptr + at + offs_f, code, mask=mask)
 
 
@@ -83,6 +109,7 @@ def _quantize_kernel(
     key,
     BLOCK_G: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    VANISH: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     label = start + row
@@ -98,10 +125,13 @@ def _quantize_kernel(
         key,
         BLOCK_G,
         BLOCK_F,
+        VANISH,
     )
 
 
-def quantize_launch(value: Tensor, weight: Tensor, scale: Tensor, start: int, key: int) -> Launch:
+def quantize_launch(
+    value: Tensor, weight: Tensor, scale: Tensor, start: int, key: int, *, vanish: bool = True
+) -> Launch:
     """Labels from `start` on of weight [L, F] uint8 and scale [L], from value [C, F] float32."""
     arguments = {
         "value_ptr": value,
@@ -113,4 +143,5 @@ def quantize_launch(value: Tensor, weight: Tensor, scale: Tensor, start: int, ke
         "key": key,
     }
     constants = {"BLOCK_G": _ROWS, "BLOCK_F": min(_BLOCK, power_of_2(value.shape[1]))}
+    constants["VANISH"] = vanish
     return Launch(_quantize_kernel, cdiv(len(value), _ROWS), arguments, constants)

@@ -142,8 +142,8 @@ def unit_tiles(
     decoded = layer.pattern is not None or layer.scale is not None
     if fused and block_g == 32 and (block_f < 64 or layer.scale is not None or crowded):
         block_b = min(block_b, 64)
-    if weighted and layer.pattern is not None:
-        block_b = min(block_b, 64)
+    if weighted and (block_g == 32 or layer.pattern is not None):
+        block_b = max(16, min(block_b // 2, 64))
     small = not (fused or wide or block_g == most.block_g or decoded)
     num_warps = 4 if small else most.num_warps
     return replace(most, block_g=block_g, block_f=block_f, block_b=block_b, num_warps=num_warps)
@@ -191,14 +191,13 @@ def score_labels(x: Tensor, num_labels: int, group: int) -> int:
     return min(max(1, most) * unit, num_labels)
 
 
-def gradient_labels(num_rows: int, layer: Layer, itemsize: int, block_l: int) -> int:
-    """Labels whose loss gradient fits SCRATCH_BYTES: a multiple of block_l, or all.
+def gradient_labels(num_labels: int, label_bytes: int, block_l: int) -> int:
+    """Labels that fit SCRATCH_BYTES at so many bytes each: a multiple of block_l, or all.
 
-    New float8 weights take float32 room beside it.
+    A label costs its loss gradient, and room for new float8 numbers.
     """
-    label = num_rows * itemsize + (0 if layer.scale is None else 4 * layer.fan_in)
-    most = SCRATCH_BYTES // max(1, label) // block_l
-    return min(max(1, most) * block_l, layer.num_labels)
+    most = SCRATCH_BYTES // max(1, label_bytes) // block_l
+    return min(max(1, most) * block_l, num_labels)
 
 
 def layer_strategy(layer: Layer) -> str:

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xmc_kernels import rounding
-from xmc_kernels._triton.float8 import encode, row_scale
+from xmc_kernels._triton.float8 import store_rows
+from xmc_kernels._triton.moments import load_moment, store_moment
 from xmc_kernels._triton.noise import noise
 from xmc_kernels.update import UpdateRule
 
@@ -28,10 +29,13 @@ def apply(
     out,  # pointers to where the new value goes: to where param comes from, or to float32
     scale_ptr,  # of float8 parameters, whose whole rows these must be; None for all others
     memory,  # pointers of m, v and accumulated gradient, each may be None
+    narrow,  # of float8 moments: scales of m and v, room for m and v, their rounding keys
     offs,
+    offs_room,
     mask,
     grad,  # float32
     rows,
+    mask_rows,
     columns,
     key,
     decay,
@@ -49,27 +53,70 @@ def apply(
     m_ptr, v_ptr, kept_ptr = memory
     momentum, beta1, one_minus_beta1, beta2, one_minus_beta2 = averages
     eps, mean_scale, root_scale = scales
+    m_scale_ptr, v_scale_ptr, m_room_ptr, v_room_ptr, mean_key, root_key = narrow
     if kept_ptr is not None:
         grad += tl.load(kept_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if UPDATE:
         new = param.to(tl.float32)
         if RULE == "adamw":
-            m = tl.load(m_ptr + offs, mask=mask, other=0.0)
-            v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+            m = load_moment(m_ptr, m_scale_ptr, offs, mask, rows, mask_rows)
+            v = load_moment(v_ptr, v_scale_ptr, offs, mask, rows, mask_rows)
+            if v_scale_ptr is not None:
+                v = v * v
             tl.debug_barrier()
             m = beta1 * m + one_minus_beta1 * grad
             v = beta2 * v + one_minus_beta2 * (grad * grad)
-            tl.store(m_ptr + offs, m, mask=mask)
-            tl.store(v_ptr + offs, v, mask=mask)
+            store_moment(
+                m,
+                m_ptr,
+                m_scale_ptr,
+                m_room_ptr,
+                offs,
+                offs_room,
+                mask,
+                rows,
+                mask_rows,
+                columns,
+                mean_key,
+                True,
+            )
+            root = tl.sqrt(v)
+            store_moment(
+                v if v_scale_ptr is None else root,
+                v_ptr,
+                v_scale_ptr,
+                v_room_ptr,
+                offs,
+                offs_room,
+                mask,
+                rows,
+                mask_rows,
+                columns,
+                root_key,
+                False,
+            )
             new = new * (1.0 - lr * decay)
-            new -= lr * mean_scale * m / (tl.sqrt(v) * root_scale + eps)
+            new -= lr * mean_scale * m / (root * root_scale + eps)
         else:
             grad += decay * new
             if RULE == "momentum":
-                m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+                m = load_moment(m_ptr, m_scale_ptr, offs, mask, rows, mask_rows)
                 tl.debug_barrier()
                 grad += momentum * m
-                tl.store(m_ptr + offs, grad, mask=mask)
+                store_moment(
+                    grad,
+                    m_ptr,
+                    m_scale_ptr,
+                    m_room_ptr,
+                    offs,
+                    offs_room,
+                    mask,
+                    rows,
+                    mask_rows,
+                    columns,
+                    mean_key,
+                    True,
+                )
             elif RULE == "adagrad":
                 v = tl.load(v_ptr + offs, mask=mask, other=0.0)
                 tl.debug_barrier()
@@ -80,11 +127,7 @@ def apply(
                 tl.debug_barrier()
             new -= lr * grad
         if scale_ptr is not None:
-            new = tl.where(mask, new, 0.0)
-            scale = row_scale(tl.max(tl.abs(new), axis=1, keep_dims=True))
-            exists = tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0
-            tl.store(scale_ptr + rows, scale, mask=exists)
-            tl.store(out, encode(new, scale, noise(key, rows, columns)), mask=mask)
+            store_rows(out, scale_ptr, new, mask, rows, mask_rows, columns, key, True)
         elif out.dtype.element_ty == tl.bfloat16:
             tl.store(out, stochastic_round(new, key, rows, columns), mask=mask)
         else:
@@ -111,11 +154,14 @@ def constants(rule: UpdateRule, lr: float, step: int) -> dict[str, float]:
 
 
 def keys(seed: int, step: int) -> dict[str, int]:
-    """The rounding keys of weight and bias."""
-    return {
-        "weight_key": rounding.stream_key(seed, step, rounding.WEIGHT),
-        "bias_key": rounding.stream_key(seed, step, rounding.BIAS),
+    """The rounding keys of weights, biases and float8 moments."""
+    streams = {
+        "weight_key": rounding.WEIGHT,
+        "bias_key": rounding.BIAS,
+        "mean_key": rounding.MEAN,
+        "root_key": rounding.ROOT,
     }
+    return {name: rounding.stream_key(seed, step, stream) for name, stream in streams.items()}
 
 
 @triton.jit
