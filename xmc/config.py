@@ -224,9 +224,19 @@ class OptimizerConfig:
     """Used by adamw only."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Used by adamw and adagrad."""
+    moments: Literal["float32", "float8"] = "float32"
+    """Of the classifier_optimizer, kinds adamw and momentum: how it remembers each weight. float8
+    (experimental): a byte a number, rounded stochastically, so that adamw takes 2 bytes a weight
+    instead of 8."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of a transformer's encoder_optimizer only: each layer below the last learns at this share of
     the rate of the layer above it, the embeddings last. 1: all alike."""
+
+    def __post_init__(self) -> None:
+        if self.moments == "float8" and self.kind not in ("adamw", "momentum"):
+            raise ValueError(
+                f"moments = 'float8' needs kind = 'adamw' or 'momentum', got {self.kind!r}"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -332,6 +342,11 @@ class Config:
             raise ValueError(
                 'encoder_optimizer.kind: the encoder is trained by "adamw", '
                 f'got "{self.encoder_optimizer.kind}"'
+            )
+        if self.encoder_optimizer.moments != "float32":
+            raise ValueError(
+                'encoder_optimizer.moments: the encoder remembers in "float32", '
+                f'got "{self.encoder_optimizer.moments}"'
             )
 
 

@@ -120,6 +120,22 @@ def test_a_label_takes_the_bytes_of_its_numbers(
     assert plan.dense["plain"] == weights * (2 + moments) + 3 * 4 * 128 * 1000
 
 
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 2), ("momentum", 1)])
+def test_moments_of_8_bits_are_counted(kind: str, moments: int) -> None:
+    """A byte a weight, a scale and a bias's float32 a label; the step runs in tiles of labels."""
+    options = {"kind": kind, "moments": "float8"}
+    plan = make_plan(config_of(classifier_optimizer=options), workload_of())
+    assert plan.bytes_per_label == 16 * (4 + 2) + 4 + moments * (16 + 4 + 4)
+    assert plan.dense["fused"] == 1000 * (65 * 4 + moments * (64 + 4 + 4))
+    assert plan.dense["plain"] == 1000 * 65 * 4 * (2 + moments) + 3 * 4 * 128 * 1000
+    sizes = make_sizes(config_of(classifier_optimizer=options), workload_of())
+    step = training_phases(sizes)["training step"]
+    (part,) = (part for part in step if part.name == "classifier moments")
+    assert part.why == f"{moments} float8 numbers a weight"
+    once = training_phases(make_sizes(config_of(), workload_of()))["training step"]
+    assert bytes_of(step, "classifier step") > bytes_of(once, "classifier step")
+
+
 def test_frequent_labels_with_dense_rows_are_counted() -> None:
     """10% of 1,000 labels read all 64 features; an order takes 4 bytes a label, twice."""
     config = config_of(head={"order": "frequency", "dense_share": 0.1})

@@ -21,6 +21,9 @@ STORED = {
 }
 
 
+_RATES = {"sgd": 1.0, "momentum": 0.1, "adamw": 1e-2}
+
+
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What numpy's functions call, by their documentation: about 900 rows and 280 labels."""
@@ -29,13 +32,15 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def final_loss(functions: Path, out: Path, kind: str, **head: Any) -> float:
+def final_loss(
+    functions: Path, out: Path, kind: str, moments: str = "float32", **head: Any
+) -> float:
     """Mean loss of the last steps after 20 epochs; it starts at 15."""
     values = {
         "encoder": {"dim": 128, "dropout": 0.0},
         "head": {"fan_in": 32, **head},
         "encoder_optimizer": {"lr": 5e-3},
-        "classifier_optimizer": {"kind": kind, "lr": {"sgd": 1.0, "adamw": 1e-2}[kind]},
+        "classifier_optimizer": {"kind": kind, "lr": _RATES[kind], "moments": moments},
         "train": {"epochs": 20, "batch_size": 64, "warmup_steps": 20, "validation": 0.0},
     }
     model = train(
@@ -61,6 +66,21 @@ def test_stochastic_rounding_reaches_the_loss_of_float32(
     assert loss["float32"] < 5
     assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.01)
     assert loss["float8"] == pytest.approx(loss["float32"], rel=of_float8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight_dtype"),
+    [("adamw", "float32"), ("adamw", "bfloat16"), ("momentum", "float32")],
+)
+def test_moments_of_8_bits_reach_the_loss_of_float32(
+    kind: str, weight_dtype: str, functions: Path, tmp_path: Path
+) -> None:
+    exact, rounded = (
+        final_loss(functions, tmp_path / moments, kind, moments, weight_dtype=weight_dtype)
+        for moments in ("float32", "float8")
+    )
+    assert exact < 5
+    assert rounded == pytest.approx(exact, rel=0.02)
 
 
 def test_rounding_to_nearest_does_not(

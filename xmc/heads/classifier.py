@@ -52,6 +52,7 @@ class ClassifierHead(nn.Module):
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            moment_dtype=optimizer.moments,
         )
         self.lr = optimizer.lr  # set by the trainer before every step
         self.steps = 0  # optimizer steps taken
@@ -275,4 +276,4 @@ def _pattern(text: str) -> tuple[int, int] | None:
     return int(n), int(m)
 
 
-_MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v")
+_MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v", "weight_m_scale", "weight_v_scale")

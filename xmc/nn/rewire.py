@@ -66,7 +66,7 @@ def rewire_(
     prune: Literal["fraction", "threshold"] = "fraction",
     growth: Growth | None = None,
     init: Literal["zero", "uniform"] = "zero",
-    moments: Sequence[Tensor] = (),  # optimizer state of weight's shape
+    moments: Sequence[Tensor] = (),  # optimizer state of weight's shape, perhaps float8
     keep_moments: bool = False,
     pattern: tuple[int, int] | None = None,
     scale: Tensor | None = None,  # [L] float32, of float8 weights
@@ -85,7 +85,8 @@ def rewire_(
 
     Survivors keep weight and moments; rows stay sorted. New weights are 0 or U(-1/sqrt F,
     1/sqrt F), cut to what a label's `scale` can hold where weights are float8 (they keep their
-    scale); their moments are 0, or with `keep_moments` what the slot had before.
+    scale, as float8 moments do); their moments are 0, or with `keep_moments` what the slot had
+    before.
 
     Randomness is a hash of (seed, step, index row, label), rows counted from `row_offset` (the
     first row of a label shard): the same after a resume and for any `tile_slots`, the number of
@@ -108,9 +109,9 @@ def rewire_(
         below = amount * group_size  # of a sum over the group
     keys = stream(seed, step, weight.device)
     init_keys = stream(seed, step, weight.device, _INIT) if init == "uniform" else None
-    # float8 moves as bytes: torch can neither gather nor fill it.
-    stored = weight if scale is None else weight.view(torch.uint8)
-    values = [tensor.unflatten(0, (num_rows, group_size)) for tensor in (stored, *moments)]
+    stored = _as_bytes(weight)
+    tensors = (stored, *map(_as_bytes, moments))
+    values = [tensor.unflatten(0, (num_rows, group_size)) for tensor in tensors]
     pruned, dead = 0, []
     step_rows = max(1, tile_slots // (fan_in * group_size))
     if growth is not None:
@@ -178,6 +179,11 @@ def _new_inputs(
         chosen = grow_by_score(old, counts, score)
     wanted = torch.arange(chosen.shape[1], device=old.device) < counts.unsqueeze(1)
     return (chosen + base)[wanted]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """float8 moves as bytes: torch can neither gather nor fill it."""
+    return tensor.view(torch.uint8) if tensor.dtype == DTYPE else tensor
 
 
 def _draw_weights(

@@ -27,6 +27,7 @@ _REWIRE_BYTES = 128  # each; measured
 _GPU_BLOCKS = 64 * MIB  # `_triton/tiles.py`, SCRATCH_BYTES
 _LABEL_TERMS = 1000  # `xmc.data.label_features`
 _CLUSTER_CHUNK = 50 * 2**22  # bytes of the features gathered at a time, there
+_MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}  # of each weight
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Classifier:
     rest: int  # biases, scales, orders
     moments: int
     num_weights: int
-    compiled: bool  # whether every layer takes the CPU's fused step
+    compiled: bool  # whether the CPU's kernels take every layer
+    fused: bool  # whether its training step, too, takes them: not with float8 moments
     storage: str  # in words
+    memory: str  # what an optimizer remembers, in words
 
     @property
     def stored(self) -> int:
@@ -72,6 +75,8 @@ def make_classifier(config: Config, in_features: int, num_labels: int) -> Classi
     layers = [m for m in head.modules() if isinstance(m, FixedFanInLinear | nn.Linear)]
     reads = options.fan_in if options.kind == "sparse" else in_features
     storage = f"{num_weights:,} {options.weight_dtype} numbers, {reads} a label"
+    optimizer = config.classifier_optimizer
+    compiled = all(compiled_on_cpu(x, _layer(layer)) for layer in layers)
     return Classifier(
         num_labels=num_labels,
         in_features=in_features,
@@ -82,8 +87,10 @@ def make_classifier(config: Config, in_features: int, num_labels: int) -> Classi
         rest=rest,
         moments=sum(_bytes(tensor) for tensor in head.training_state().values()),
         num_weights=num_weights,
-        compiled=all(compiled_on_cpu(x, _layer(layer)) for layer in layers),
+        compiled=compiled,
+        fused=compiled and optimizer.moments == "float32",
         storage=storage,
+        memory=f"{_MOMENTS[optimizer.kind]} {optimizer.moments} numbers a weight",
     )
 
 
@@ -97,10 +104,7 @@ def stored_weights(classifier: Classifier) -> list[Component]:
 
 
 def moments(classifier: Classifier) -> list[Component]:
-    each = round(classifier.moments / max(classifier.num_weights, 1) / 4)
-    return [
-        Component("classifier moments", classifier.moments, f"{each} float32 numbers a weight"),
-    ]
+    return [Component("classifier moments", classifier.moments, classifier.memory)]
 
 
 def accumulated_gradient(classifier: Classifier, passes: int) -> Component:
@@ -115,7 +119,7 @@ def training_step(classifier: Classifier, rows: int, *, cuda: bool, threads: int
     if cuda:
         size = _GPU_BLOCKS + 2 * 4 * features * (rows + 64)
         return Component("classifier step", size, "blocks of labels, x and d_x: a formula")
-    if not classifier.compiled:
+    if not classifier.fused:
         size = _reference_tiles(classifier, rows, _STEP_TILES)
         return Component("classifier step", size, "tiles of labels")
     size = 4 * features * _padded(rows) * (1 + threads) + _SHARE * threads
@@ -167,11 +171,13 @@ def label_clustering(workload: Workload) -> Component:
 
 def dense_bytes(classifier: Classifier, config: Config, rows: int) -> dict[str, int]:
     """What a dense head would take in training: by our step, and by plain torch (B rows)."""
-    state = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}[config.classifier_optimizer.kind]
+    optimizer = config.classifier_optimizer
+    state = _MOMENTS[optimizer.kind]
     weights = 4 * classifier.num_labels * (classifier.in_features + 1)
-    fused = weights * (1 + state)
+    narrow = classifier.num_labels * (classifier.in_features + 4 + 4)  # a bias's, and a scale
+    fused = weights + state * (narrow if optimizer.moments == "float8" else weights)
     # Plain torch: a gradient of every weight; scores, targets and their gradient [B, L].
-    plain = fused + weights + 3 * 4 * rows * classifier.num_labels
+    plain = weights * (2 + state) + 3 * 4 * rows * classifier.num_labels
     return {"fused": fused, "plain": plain}
 
 
