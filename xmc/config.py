@@ -227,7 +227,7 @@ class OptimizerConfig:
     moments: Literal["float32", "float8"] = "float32"
     """Of the classifier_optimizer, kinds adamw and momentum: how it remembers each weight. float8
     (experimental): a byte a number, rounded stochastically, so that adamw takes 2 bytes a weight
-    instead of 8."""
+    instead of 8. A CPU's step is then the slow one in plain torch."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of a transformer's encoder_optimizer only: each layer below the last learns at this share of
     the rate of the layer above it, the embeddings last. 1: all alike."""

@@ -70,7 +70,7 @@ def test_stochastic_rounding_reaches_the_loss_of_float32(
 
 @pytest.mark.parametrize(
     ("kind", "weight_dtype"),
-    [("adamw", "float32"), ("adamw", "bfloat16"), ("momentum", "float32")],
+    [("adamw", "float32"), ("adamw", "bfloat16"), ("adamw", "float8"), ("momentum", "float32")],
 )
 def test_moments_of_8_bits_reach_the_loss_of_float32(
     kind: str, weight_dtype: str, functions: Path, tmp_path: Path
