@@ -214,19 +214,13 @@ def _check_values(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor) -> N
 def _on_cpu(
     x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, state: ClassifierState, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The compiled step where it has these dtypes and a sparse layer, the reference otherwise.
-
-    The reference, too, where positives are smoothed or weighted.
-    """
+    """The compiled step where it has these dtypes and a sparse layer, the reference otherwise."""
     memory = vars(state).values()
-    *numbers, smoothing, positive_weight = options
-    plain = not smoothing and positive_weight is None
-    compiled = checks.written_in_place(layer, *memory) and checks.compiled_on_cpu(x, layer, *memory)
-    if not (plain and compiled):
+    if not (checks.written_in_place(layer, *memory) and checks.compiled_on_cpu(x, layer, *memory)):
         return reference.classifier_step(x, layer, indptr, indices, state, *options)
     from xmc_kernels._cpu import classifier as cpu
 
-    return cpu.classifier_step(x, layer, indptr, indices, state, *numbers)
+    return cpu.classifier_step(x, layer, indptr, indices, state, *options)
 
 
 def _on_cuda(

@@ -14,53 +14,8 @@ import torch
 from numba import carray, cfunc, from_dtype, njit, types
 
 import xmc_kernels
-from xmc_kernels._cpu import losses, threads, vector
+from xmc_kernels._cpu import threads, vector
 from xmc_kernels._cpu.tiles import NARROW, from_tiles, tile_width, to_tiles
-
-
-def apply(function, values):
-    """A function of a vector, over a float32 array whose length is a multiple of 16."""
-
-    @njit
-    def run(values, out):
-        source, into = vector.pointer(values), vector.pointer(out)
-        zero = vector.splat(16, np.float32(0))
-        for i in range(0, values.size, 16):
-            vector.store(into, i, function(vector.load(zero, source, i)))
-
-    out = np.full_like(values, np.nan)
-    run(values, out)
-    return out
-
-
-def test_exp_is_accurate_to_two_roundings() -> None:
-    x = -np.concatenate([np.geomspace(1e-8, 85.9, 4000), np.linspace(0, 85.9, 4000)])
-    x = x.astype(np.float32)
-    ours, truth = apply(losses.exp_nonpositive, x), np.exp(x.astype(np.float64))
-    assert np.abs(ours / truth - 1).max() < 3e-7
-    far = np.full(16, -1e30, np.float32)
-    assert (apply(losses.exp_nonpositive, far) < 1e-37).all()
-
-
-@pytest.mark.parametrize("target", [0, 1])
-def test_bce_is_accurate_over_the_whole_range(target) -> None:
-    wanted = np.float32(target)
-
-    @njit
-    def value(score):
-        return losses.bce(score, vector.fill(score, wanted))[1]
-
-    @njit
-    def gradient(score):
-        return losses.bce(score, vector.fill(score, wanted))[0]
-
-    x = np.concatenate([-np.geomspace(1e-6, 80, 800), np.geomspace(1e-6, 80, 800)])
-    x = x.astype(np.float32)
-    wide = x.astype(np.float64)
-    truth = np.logaddexp(0, wide) - wide * target
-    assert (np.abs(apply(value, x) - truth) <= 3e-7 * np.maximum(truth, np.abs(x))).all()
-    truth = 1 / (1 + np.exp(-wide)) - target
-    assert np.abs(apply(gradient, x) - truth).max() < 2e-7
 
 
 @pytest.mark.parametrize("width", NARROW)
@@ -99,6 +54,15 @@ def test_small_batches_get_narrow_tiles(num_rows, width) -> None:
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 4), (4, 4), (6, 8), (16, 16), (64, 64)])
 def test_without_gradients_tiles_are_narrower_still(num_rows, width) -> None:
     assert tile_width(num_rows, NARROW) == width
+
+
+@pytest.mark.parametrize("at", [0, 64, 2048])
+@pytest.mark.parametrize("size", [1, 700, 100_000])
+def test_buffers_start_where_asked_in_a_page(at, size) -> None:
+    buffer = threads.zeros(2, size, at=at)
+    assert buffer.shape == (2, size)
+    assert buffer.ctypes.data % threads.PAGE == at
+    assert not buffer.any()
 
 
 def test_shares_are_as_many_as_threads_but_not_tiny(two_threads) -> None:
@@ -147,19 +111,15 @@ def test_operations_load_no_compiler() -> None:
     assert not {"numba", "llvmlite", "triton", "scipy"} & set(modules)
 
 
-_TRAIN = """
+_SCORE = """
 import sys, json
 sys.path.insert(0, sys.argv[1])
 import numpy, torch
-from xmc_kernels.classifier import *
+from xmc_kernels.fan_in import fan_in_linear
 index = torch.arange(4).repeat(600, 1).to(torch.uint16)
-weight, bias = torch.zeros(600, 4), torch.zeros(600)
-rule = UpdateRule("adamw")
-classifier_step_(torch.ones(2, 9), weight, index, bias, torch.tensor([0, 1, 1]),
-    torch.zeros(1, dtype=torch.int32), loss="bce", rule=rule, lr=1.0, step=1, grad_scale=1.0,
-    state=make_state(weight, bias, rule))
-from xmc_kernels._cpu import classifier as cpu
-kernel = cpu._kernel(16, numpy.uint16, numpy.float32, 1)
+fan_in_linear(torch.ones(2, 9), torch.zeros(600, 4), index)
+from xmc_kernels._cpu import fan_in as cpu
+kernel = cpu._forward_kernel(4, numpy.uint16, numpy.float32, 1)
 print(json.dumps([kernel.cache_hits, cpu.__file__]))
 """
 
@@ -168,13 +128,13 @@ def test_a_second_process_finds_the_compiled_kernels(tmp_path) -> None:
     package = Path(xmc_kernels.__file__).parent
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, tmp_path / "xmc_kernels", ignore=ignore)
-    runs = [json.loads(run_python(_TRAIN, tmp_path)) for _ in range(2)]
+    runs = [json.loads(run_python(_SCORE, tmp_path)) for _ in range(2)]
     assert all(file.startswith(str(tmp_path)) for _, file in runs)
     assert [hits for hits, _ in runs] == [0, 1]
     # A change of another file is a change of the kernels that inline it.
-    with (tmp_path / "xmc_kernels/_cpu/losses.py").open("a") as file:
+    with (tmp_path / "xmc_kernels/_cpu/scores.py").open("a") as file:
         file.write("\n")
-    assert json.loads(run_python(_TRAIN, tmp_path))[0] == 0
+    assert json.loads(run_python(_SCORE, tmp_path))[0] == 0
 
 
 _PEAK = """

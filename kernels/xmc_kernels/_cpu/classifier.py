@@ -3,7 +3,8 @@
 Activations are feature-major, [tiles, D, width]: an index of a label names a row of `width`
 neighbouring numbers. A label's weights are read once for all: scores -> loss gradient -> gradient
 of the weights and of x -> update in place. A batch wider than a tile goes tile by tile over a
-chunk of labels whose weights stay in the cache; the update follows the last tile.
+chunk of labels whose weights stay in the cache; the update follows the last tile. Labels that share
+an index row are taken several at a time, and their scores pass through the first-level cache.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import functools
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, njit
 from torch import Tensor
 
 from xmc_kernels import rounding
-from xmc_kernels._cpu import labels, threads
+from xmc_kernels._cpu import labels, positives, threads
 from xmc_kernels._cpu.blocks import repeat
-from xmc_kernels._cpu.gradients import block_gradients
+from xmc_kernels._cpu.gradients import block_gradients, label_gradients
 from xmc_kernels._cpu.jit import kernel
 from xmc_kernels._cpu.labels import (
     block_stop,
@@ -29,13 +30,21 @@ from xmc_kernels._cpu.labels import (
     share_range,
     weight_rows,
 )
-from xmc_kernels._cpu.losses import bce, squared_hinge
-from xmc_kernels._cpu.scores import block_scores
-from xmc_kernels._cpu.tiles import from_tiles, lower_bound, tile_width, to_tiles
+from xmc_kernels._cpu.losses import bce, settled, squared_hinge, sum_of_value
+from xmc_kernels._cpu.positives import (
+    BCE,
+    first_positive,
+    is_positive,
+    take_out,
+)
+from xmc_kernels._cpu.scores import block_scores, label_score
+from xmc_kernels._cpu.tiles import from_tiles, tile_width, to_tiles
 from xmc_kernels._cpu.update import CONSTANTS, constants, update_biases, update_weights
 from xmc_kernels._cpu.vector import (
+    add,
+    advance,
     at_address,
-    fma,
+    fill,
     greater,
     hsum,
     load,
@@ -44,25 +53,46 @@ from xmc_kernels._cpu.vector import (
     next_share,
     splat,
     store,
+    width_of,
 )
 from xmc_kernels.layer import Layer
 from xmc_kernels.update import RULES, ClassifierState, UpdateRule
 
-LOSSES = ("bce", "squared_hinge")
-_BCE = LOSSES.index("bce")
 _MASK = 0xFFFFFFFF  # 32 bits, unsigned
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO = np.float32(0)
 ARGUMENTS = threads.record_type(
-    addresses=f"{labels.ADDRESSES} scale keys columns weight_m weight_v bias_m bias_v "
+    addresses=f"{labels.ADDRESSES} {positives.ADDRESSES} scale weight_m weight_v bias_m bias_v "
     "grad_weight grad_bias weight_m_scale weight_v_scale scratch d_x value",
-    integers=f"{labels.INTEGERS} scratch_bytes num_keys loss apply rule weight_key bias_key",
-    floats=CONSTANTS,
+    integers=f"{labels.INTEGERS} {positives.INTEGERS} scratch_bytes apply rule weight_key bias_key",
+    floats=f"{CONSTANTS} {positives.FLOATS}",
 )
 
 
 def _scratch_size(width: int, block: int, chunk: int, fan_in: int) -> int:
-    """Floats of a share's buffers: target and scores of a block, gradients of a chunk."""
-    return -(-(2 * width * block + chunk * fan_in + chunk) // 16) * 16
+    """Floats of a share's buffers: two vectors, scores of a block, gradients of a chunk."""
+    return -(-(width * (2 + block) + chunk * fan_in + chunk) // 16) * 16
+
+
+@njit(forceinline=True)
+def _loss(a, score, value, scale, position, tile, label, room):
+    """Gradient of a label's scores and `value` with the loss of its negatives.
+
+    Also the loss of its positives, which begin at a position, and the position after them.
+    """
+    first, of_positives = position, 0.0
+    gradients = advance(room, width_of(score))
+    if is_positive(a, position, tile, label):
+        store(room, 0, score)
+        store(gradients, 0, fill(score, _ZERO))
+        of_positives, position = take_out(a, position, tile, label, room, gradients)
+        score = load(score, room, 0)
+    if a.loss == BCE:
+        gradient, value = bce(score, value)
+    else:
+        gradient, value = squared_hinge(score, value)
+    if position > first:
+        gradient = add(gradient, load(score, gradients, 0))
+    return mul(gradient, scale), value, of_positives, position
 
 
 @functools.cache
@@ -72,12 +102,11 @@ def _kernel(W, kind, weight_kind, T):
     @kernel(ARGUMENTS)
     def classifier_shares(arguments):
         a = carray(arguments, 1)[0]
-        num_labels, fan_in, chunk, num_keys = a.num_labels, a.fan_in, a.chunk, a.num_keys
+        fan_in, chunk = a.fan_in, a.chunk
         stride = a.features * W
         weight = at_address(weight_kind, a.weight)
         index, x = at_address(kind, a.index), at_address(np.float32, a.x)
-        keys, columns = at_address(np.int64, a.keys), at_address(np.int64, a.columns)
-        scales = at_address(np.float32, a.scale)
+        scales = at_address(np.float32, a.scale)  # that of row 0 is that of every row
         values, bad = at_address(np.float64, a.value), at_address(np.int64, a.bad)
         zero = splat(W, _ZERO)
         one, several, chains = repeat(1, zero), repeat(T, zero), repeat(CHAINS, zero)
@@ -85,18 +114,18 @@ def _kernel(W, kind, weight_kind, T):
         share = next_share(arguments)
         while share < a.num_shares:
             start, stop = share_range(a, share)
-            # A block's targets, all zeros between blocks; its scores, then their gradients.
+            # Room for two vectors; scores of a block, then their gradients.
             at = a.scratch + share * a.scratch_bytes
-            target, g = at_address(np.float32, at), at_address(np.float32, at + 4 * W * a.block)
-            at += 8 * W * a.block
+            room, g = at_address(np.float32, at), at_address(np.float32, at + 8 * W)
             # The gradients of a chunk.
+            at += 4 * W * (2 + a.block)
             grad, grad_bias = (
                 at_address(np.float32, at),
                 at_address(np.float32, at + 4 * chunk * fan_in),
             )
             biases = at_address(np.float32, a.biases + share * 4 * chunk)
             d_x = at_address(np.float32, a.d_x + share * 4 * a.num_tiles * stride)
-            value = 0.0
+            total = 0.0
             for c0 in range(start, stop, chunk):
                 c1 = min(c0 + chunk, stop)
                 copy_biases(a, biases, c0, c1)
@@ -106,9 +135,9 @@ def _kernel(W, kind, weight_kind, T):
                     grad_bias[i] = _ZERO
                 for tile in range(a.num_tiles):
                     base = tile * stride
-                    total = zero
                     scale = load(zero, scales, tile * W)
-                    p = lower_bound(keys, 0, num_keys, tile * num_labels + c0)
+                    value = repeat(2, zero)
+                    p = first_positive(a, tile, c0)
                     b0 = c0
                     while b0 < c1:
                         b1 = block_stop(a, b0, c1)
@@ -118,51 +147,52 @@ def _kernel(W, kind, weight_kind, T):
                         if refused(a, rows, row, step, count, bad, share, b0):
                             b0 = b1
                             continue
-                        block_scores(
-                            *(several, chains, a, x, base, wide, w, rows, row, step),
-                            *(biases, b0 - c0, count, g, 0),
-                        )
-                        first, origin = p, tile * num_labels + b0
-                        while p < num_keys and keys[p] < origin + count:
-                            target[(keys[p] - origin) * W + columns[p]] = _ONE
-                            p += 1
-                        any_gradient = np.uint64(0)
+                        if T > 1:
+                            block_scores(
+                                *(several, chains, a, x, base, wide, w, rows, row, step),
+                                *(biases, b0 - c0, count, g, 0),
+                            )
+                        any_gradient = False
                         for i in range(count):
-                            score, wanted = load(zero, g, i * W), load(zero, target, i * W)
-                            if a.loss == _BCE:
-                                of_score, v = bce(score, wanted)
+                            at, first, own = b0 - c0 + i, w + i * fan_in, row + i * step
+                            if T > 1:
+                                score = load(zero, g, i * W)
                             else:
-                                of_score, v = squared_hinge(score, wanted)
-                            of_score = mul(of_score, scale)
-                            total = fma(v, scale, total)
-                            store(g, i * W, of_score)
-                            grad_bias[b0 - c0 + i] += hsum(of_score)
-                            if a.loss != _BCE:
-                                any_gradient |= greater(zero, negative_abs(of_score))
-                        for i in range(first, p):
-                            target[(keys[i] - origin) * W + columns[i]] = _ZERO
-                        if a.loss == _BCE or any_gradient != 0:
+                                score = label_score(
+                                    *(chains, x, base, wide, first, rows, own, fan_in, biases[at]),
+                                )
+                            of_score, value, of_positives, p = _loss(
+                                *(a, score, value, scale, p, tile, b0 + i, room)
+                            )
+                            total += scales[0] * of_positives
+                            grad_bias[at] += hsum(of_score)
+                            # A hinge leaves most labels without a gradient.
+                            has_gradient = (
+                                a.loss == BCE or greater(zero, negative_abs(of_score)) != 0
+                            )
+                            if T > 1:
+                                store(g, i * W, of_score)
+                                any_gradient |= has_gradient
+                            elif has_gradient:
+                                label_gradients(
+                                    *(repeat(1, of_score), x, d_x, base, wide, first, rows, own),
+                                    *(fan_in, grad, at * fan_in),
+                                )
+                        if T > 1 and any_gradient:
                             block_gradients(
                                 *(several, one, a, x, d_x, base, wide, w, rows, row, step),
                                 *(g, 0, count, grad, (b0 - c0) * fan_in),
                             )
+                        value = settled(value)
                         b0 = b1
-                    value += hsum(total)
+                    total += hsum(mul(sum_of_value(value), scale))
                 update_weights(a, weight, share, grad, c0, c1)
                 if a.bias != 0:
                     update_biases(a, biases, grad_bias, c0, c1)
-            values[share] = value
+            values[share] = total
             share = next_share(arguments)
 
     return classifier_shares
-
-
-def _positives(indptr: Tensor, indices: Tensor, num_labels: int, width: int) -> tuple:
-    """The positives by tile and label: tile * L + label, and the row's column in its tile."""
-    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr.numpy()))
-    keys = rows // width * num_labels + indices.numpy()
-    order = np.argsort(keys, kind="stable")
-    return keys[order], (rows % width)[order]
 
 
 def classifier_step(
@@ -178,6 +208,8 @@ def classifier_step(
     grad_scale: float,
     update: bool,
     seed: int,
+    smoothing: float,
+    positive_weight: Tensor | None,  # [L]
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     num_rows = len(x)
@@ -185,28 +217,27 @@ def classifier_step(
     tiles = to_tiles(x, width)
     scale = np.zeros(len(tiles) * width, np.float32)  # 0 in padding
     scale[:num_rows] = grad_scale
-    keys, columns = _positives(indptr, indices, layer.num_labels, width)
+    of_positives = positives.positive_fields(
+        indptr, indices, layer.num_labels, width, loss, smoothing, positive_weight
+    )
     shares = threads.num_shares(layer.num_labels)
     fields = labels.layer_fields(tiles, layer, shares)
     scratch = threads.zeros(
         shares, _scratch_size(width, fields["block"], fields["chunk"], fields["fan_in"])
     )
-    d_x = threads.zeros(shares, *tiles.shape)
+    d_x = threads.zeros(shares, *tiles.shape, at=threads.PAGE // 2)
     value = np.zeros(shares)
     arguments = threads.record(
         ARGUMENTS,
         **fields,
+        **of_positives,
         **vars(state),
         **constants(rule, lr, step),
         scale=scale,
-        keys=keys,
-        columns=columns,
         scratch=scratch,
         scratch_bytes=scratch.strides[0],
         d_x=d_x,
         value=value,
-        num_keys=len(keys),
-        loss=LOSSES.index(loss),
         apply=update,
         rule=RULES.index(rule.kind),
         weight_key=rounding.stream_key(seed, step, rounding.WEIGHT) & _MASK,

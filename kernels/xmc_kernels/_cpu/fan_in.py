@@ -162,7 +162,7 @@ def fan_in_linear_backward(
     grad = grad.float().contiguous()
     d_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
     sums = threads.zeros(shares, fields["chunk"] * layer.fan_in)
-    d_x = threads.zeros(shares, *tiles.shape)
+    d_x = threads.zeros(shares, *tiles.shape, at=threads.PAGE // 2)
     grads = threads.zeros(shares, _BLOCK, width)
     arguments = threads.record(
         BACKWARD,

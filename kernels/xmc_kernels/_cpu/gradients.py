@@ -11,7 +11,11 @@ from xmc_kernels._cpu.vector import LANES, bits_of, width_of
 
 
 @njit(forceinline=True)
-def _gradients(grads, x, d_x, base, weight, w, index, row, fan_in, into, to):
+def label_gradients(grads, x, d_x, base, weight, w, index, row, fan_in, into, to):
+    """`d_x[index row] += weight[t] * grads[t]`; `into[to + t F + k] += x[index k] . grads[t]`.
+
+    All arrays are pointers; `grads` holds the gradients of labels that share the index row.
+    """
     inputs = LANES // len(grads)
     whole = fan_in // inputs * inputs
     for k in range(0, whole, inputs):
@@ -34,14 +38,14 @@ def block_gradients(
     if len(several) > 1:
         while done + len(several) <= count:
             g = load_rows(several, grads, at + done * width)
-            _gradients(
+            label_gradients(
                 *(g, x, d_x, base, weight, w + done * fan_in, index, row, fan_in),
                 *(into, to + done * fan_in),
             )
             done += len(several)
     for i in range(done, count):
         g = load_rows(one, grads, at + i * width)
-        _gradients(
+        label_gradients(
             *(g, x, d_x, base, weight, w + i * fan_in, index, row + i * step, fan_in),
             *(into, to + i * fan_in),
         )

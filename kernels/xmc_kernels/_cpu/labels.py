@@ -30,7 +30,7 @@ INTEGERS = (
     "unpacked widened_size"
 )
 UPDATED = 1024  # bfloat16 weights that are updated at a time, or a label's if it has more
-_L1 = 8192  # floats of x that the rows of a block may name: they stay in the first-level cache
+_L1 = 2048  # inputs of a block's labels that are spelt out at once, in the first-level cache
 
 
 def kinds(layer: Layer, width: int) -> tuple:
@@ -58,12 +58,11 @@ def shared_labels(layer: Layer, width: int) -> int:
 def layer_fields(tiles: np.ndarray, layer: Layer, num_shares: int) -> dict[str, Any]:
     """ADDRESSES, INTEGERS and the first fields; keep the result, it may own copies."""
     layer = layer.contiguous()
-    num_tiles, features, width = tiles.shape
+    num_tiles, features, _ = tiles.shape
     fan_in, group = layer.fan_in, layer.group
-    rows = _L1 // (fan_in * width) if group == 1 else 16
-    block = max(1, min(16, rows))
+    block = 16 if group > 1 else max(1, min(16, _L1 // fan_in))
     # More where several tiles pass over them.
-    chunk = (4096 if num_tiles == 1 else 16384) // fan_in
+    chunk = (4096 if num_tiles == 1 else 32768) // fan_in
     chunk = max(1, chunk // 16) * 16
     widened_size = -(-max(block * fan_in, UPDATED) // 16) * 16
     wide = layer.weight.dtype == torch.float32

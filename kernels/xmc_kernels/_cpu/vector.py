@@ -229,6 +229,25 @@ def _scale_by_power(builder, vector, shifted):
 
 
 scale_by_power = _binary("scale_by_power", _scale_by_power)
+
+
+@intrinsic
+def inverse_power(typingctx, a):
+    """`2^-n` and `n` as floats, where 2^n <= a < 2^(n + 1), of normal numbers a < 2^127."""
+
+    def codegen(context, builder, sig, args):
+        (a,) = args
+        ints = ir.VectorType(I32, a.type.count)
+        exponent = builder.and_(builder.bitcast(a, ints), _constant(ints.count, 0x7F800000, I32))
+        inverse = builder.sub(_constant(ints.count, 254 << 23, I32), exponent)
+        biased = builder.lshr(exponent, _constant(ints.count, 23, I32))
+        number = builder.sub(biased, _constant(ints.count, 127, I32))
+        results = [builder.bitcast(inverse, a.type), builder.sitofp(number, a.type)]
+        return context.make_tuple(builder, sig.return_type, results)
+
+    return types.UniTuple(a, 2)(a), codegen
+
+
 select_negative = _ternary(
     "select_negative",
     lambda b, s, x, y: b.select(b.fcmp_ordered("<", s, _constant(s.type.count, 0.0)), x, y),
