@@ -59,17 +59,10 @@ def growth(small: dict[str, Any], large: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("num_labels", "settings"), [(300_000, _SPARSE), (600_000, _HALF)])
 def test_the_peak_is_predicted_within_a_tenth(num_labels: int, settings: tuple[str, ...]) -> None:
-    """Peak resident set above `import torch`, with validation and checkpoint.
-
-    What the large training has above a small one is the classifier, predicted within a tenth as
-    well. The first compiles what is not compiled yet, which takes memory of its own.
-    """
-    measured(1_000, settings)
-    small, large = measured(1_000, settings), measured(num_labels, settings)
+    """Peak resident set above `import torch`, with validation and checkpoint."""
+    measured(1_000, settings)  # compiles what is not compiled yet, which takes memory of its own
+    large = measured(num_labels, settings)
     assert abs(large["error"]) < 0.1, large
-    predicted, seen = growth(small, large)
-    assert seen > 100e6
-    assert abs(predicted / seen - 1) < 0.1, (small, large)
 
 
 def test_the_peak_of_a_dense_head_is_predicted_within_a_tenth() -> None:
