@@ -75,9 +75,13 @@ def gradients_of_a_step(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
 
     trainer._encoder_step = record  # type: ignore[method-assign]
     trainer.model.train()
-    chunks = cut(trainer)
-    loss, _, _ = trainer._optimizer_step(chunks, measure=False)
+    loss, _, _ = take_step(trainer)
     return loss, seen
+
+
+def take_step(trainer: Trainer, *, measure: bool = False) -> tuple[float, float, dict[str, float]]:
+    """One step on all rows, in the passes that the options ask for."""
+    return trainer._optimizer_step(cut(trainer), num_rows=ROWS, measure=measure)
 
 
 def cut(trainer: Trainer) -> list[Tensor]:
@@ -187,7 +191,7 @@ def test_an_overflow_skips_the_encoder_and_not_the_head(tmp_path: Path) -> None:
     encoder, head = trainer.model.encoder, trainer.model.head
     before = {name: p.clone() for name, p in encoder.state_dict().items()}
     weight = head.layer.weight.detach().clone()  # type: ignore[union-attr]
-    loss, norm, parts = trainer._optimizer_step(cut(trainer), measure=True)
+    loss, norm, parts = take_step(trainer, measure=True)
     assert loss > 0
     assert norm == 0
     assert parts == {"loss_scale": 2.0**39, "overflows": 1}
@@ -199,7 +203,7 @@ def test_an_overflow_skips_the_encoder_and_not_the_head(tmp_path: Path) -> None:
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name])
     for _ in range(40):  # the scale falls until a step is taken
-        _, norm, parts = trainer._optimizer_step(cut(trainer), measure=True)
+        _, norm, parts = take_step(trainer, measure=True)
         if norm > 0:
             break
     assert norm > 0
@@ -219,7 +223,7 @@ def test_overflow_without_a_scale_stops_with_advice(tmp_path: Path) -> None:
     trainer.scaler.scale = lambda d_reps: backward(d_reps) * 1e30  # type: ignore[method-assign, assignment]
     message = 'gradient overflows float16 without any scale at step 0: .*autocast = "bfloat16"'
     with pytest.raises(RuntimeError, match=message):
-        trainer._optimizer_step(cut(trainer), measure=False)
+        take_step(trainer)
 
 
 def test_activations_that_overflow_stop_with_advice(tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_activations_that_overflow_stop_with_advice(tmp_path: Path) -> None:
         trainer.model.encoder.model.encoder.layer[1].output.LayerNorm.weight.fill_(1e9)  # type: ignore[union-attr]
         trainer.model.encoder.model.encoder.layer[0].output.LayerNorm.weight.fill_(1e9)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"activations overflow float16 at step 0: .*bfloat16"):
-        trainer._optimizer_step(cut(trainer), measure=False)
+        take_step(trainer)
 
 
 def test_rates_fall_with_depth_and_only_matrices_decay(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_rates_fall_with_depth_and_only_matrices_decay(tmp_path: Path) -> None:
     depths = parameter_depths(encoder.model)  # type: ignore[arg-type, union-attr]
     start = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     trainer.model.train()
-    trainer._optimizer_step(cut(trainer), measure=False)
+    take_step(trainer)
     checked, largest = set(), max(float(g.abs().max()) for g in gradients.values())
     for name, parameter in encoder.named_parameters():
         if name not in gradients:
@@ -277,7 +281,7 @@ def test_a_frozen_encoder_trains_the_head_alone(tmp_path: Path) -> None:
     trainer.model.encoder.requires_grad_(False)
     trainer = Trainer(trainer.model, options, trainer.train_set, None, tmp_path)
     weight = trainer.model.head.layer.weight.detach().clone()  # type: ignore[union-attr]
-    _, norm, parts = trainer._optimizer_step(cut(trainer), measure=True)
+    _, norm, parts = take_step(trainer, measure=True)
     assert (norm, parts) == (0.0, {})
     assert bool((trainer.model.head.layer.weight != weight).any())
 

@@ -119,12 +119,14 @@ class Trainer:
         self.model.train()
         for chunks in epoch_steps(self.train_set, self.config.train, epoch, start=done):
             started = time.perf_counter()
-            rows = torch.cat(chunks)
-            loss, grad_norm, parts = self._optimizer_step(chunks, measure=self._logs(self.step + 1))
-            rewired = self._rewire(rows)
+            num_rows = sum(map(len, chunks))
+            loss, grad_norm, parts = self._optimizer_step(
+                chunks, num_rows=num_rows, measure=self._logs(self.step + 1)
+            )
+            rewired = self._rewire(chunks)
             seconds = time.perf_counter() - started
             self.seconds += seconds
-            progress.step(loss, len(rows) / seconds, peak_memory_bytes(self.device))
+            progress.step(loss, num_rows / seconds, peak_memory_bytes(self.device))
             if rewired:
                 log.write("rewire", step=self.step, **rewired)
             if self._logs(self.step):
@@ -137,7 +139,7 @@ class Trainer:
                     **parts,
                     encoder_lr=self.optimizer.param_groups[0]["lr"],
                     classifier_lr=self.model.head.lr,
-                    examples_per_second=round(len(rows) / seconds, 1),
+                    examples_per_second=round(num_rows / seconds, 1),
                     peak_memory_bytes=peak_memory_bytes(self.device),
                 )
             if self.auxiliary is not None and self.step >= self.auxiliary_steps:
@@ -156,9 +158,9 @@ class Trainer:
         return step % _LOG_EVERY == 0 or step == self.total_steps
 
     def _optimizer_step(
-        self, chunks: list[Tensor], *, measure: bool
+        self, chunks: list[Tensor], *, num_rows: int, measure: bool
     ) -> tuple[float, float, dict[str, float]]:
-        """One step on chunks of row ids [R]; returns the mean loss, the encoder's norm and parts.
+        """One step on chunks of `num_rows` row ids; returns the mean loss, encoder norm and parts.
 
         The norm costs a pass over the gradient: 0 where nobody measures or clips it, or where the
         encoder skips the step because its gradient overflowed float16; the heads' steps stand. The
@@ -184,7 +186,6 @@ class Trainer:
             heads = [(head, 1 - share), (self.auxiliary, share)]
             meter = PartMeter(share) if measure else None
         loss = 0.0
-        num_rows = sum(map(len, chunks))
         for position, chunk in enumerate(chunks, start=1):
             batch = self.train_set.batch(chunk).to(self.device)
             pooled = self.model.encoder(batch.inputs)
@@ -247,8 +248,8 @@ class Trainer:
     def _rewires_after(self, step: int) -> bool:
         return is_due(self.config.rewire, step, self.total_steps)
 
-    def _rewire(self, rows: Tensor) -> dict[str, Any] | None:
-        """Rewire if it is due after the step on the examples `rows` [R]; what to log of it."""
+    def _rewire(self, chunks: list[Tensor]) -> dict[str, Any] | None:
+        """Rewire if it is due after the step on these chunks of row ids; what to log of it."""
         if not self._rewires_after(self.step):
             return None
         options = self.config.rewire
@@ -256,7 +257,7 @@ class Trainer:
         if self._step_reps:
             # All passes of the step together: the gradient is that of the whole step.
             reps, self._step_reps = torch.cat(self._step_reps), []
-            labels = self.train_set.labels.rows(rows).to(self.device)
+            labels = self.train_set.labels.rows(torch.cat(chunks)).to(self.device)
         report = self.model.head.rewire_(
             options,
             seed=self.config.train.seed,
