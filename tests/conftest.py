@@ -25,9 +25,20 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def oracle() -> ModuleType:
-    """Dense float64 truths, `tests/oracle.py` (the tests' folder stays off `sys.path`)."""
-    path = Path(__file__).with_name("oracle.py")
-    spec = importlib.util.spec_from_file_location("xmc_test_oracle", path)
+    """Dense float64 truths, `tests/oracle.py`."""
+    return _module("oracle")
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """Whole trainings: started, stopped, resumed, read and compared, `tests/runs.py`."""
+    return _module("runs")
+
+
+def _module(name: str) -> ModuleType:
+    """A file of this folder, which stays off `sys.path`."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"xmc_test_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -152,11 +153,8 @@ def test_a_pattern_must_make_the_fan_in() -> None:
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_bits(
-    options, optimizer, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options, optimizer, runs: ModuleType, tiny_data: Path, tmp_path: Path
 ) -> None:
-    from xmc.training.run import train
-    from xmc.training.trainer import Interrupted
-
     values = {
         "features": {"min_df": 1},
         "encoder": {"dim": 24},
@@ -167,22 +165,6 @@ def test_a_resumed_run_ends_with_the_same_bits(
     }
     config = from_dict(values, source="test")
 
-    def run(name: str, **more: Any) -> bytes:
-        out = tmp_path / name
-        train(config, data=tiny_data, out=out, cache=tmp_path / "cache", **more)
-        return (out / "model" / "weights.safetensors").read_bytes()
-
-    whole = run("whole")
-    original, calls = ClassifierHead.loss_and_grad, []
-
-    def interrupted(self: ClassifierHead, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierHead, "loss_and_grad", interrupted)
-        with pytest.raises(Interrupted):
-            run("parts")
-    assert run("parts", resume=True) == whole
+    whole = runs.train(config, tiny_data, tmp_path / "whole")
+    start = partial(runs.train, config, tiny_data, tmp_path / "parts")
+    runs.assert_same_run(whole, runs.stop_and_resume(start, [7]))

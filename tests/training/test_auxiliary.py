@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import weakref
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch import nn
 from xmc.config import Config, ConfigError, from_dict
 from xmc.data.batches import epoch_batches, epoch_order
 from xmc.heads.auxiliary import AuxiliaryHead
-from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model
 from xmc.nn.clusters import Clusters
@@ -28,12 +28,9 @@ from xmc.training.auxiliary import (
     make_auxiliary,
 )
 from xmc.training.clusters import find_clusters
-from xmc.training.log import read_log
-from xmc.training.run import prepare_data, train
-from xmc.training.trainer import Interrupted, Trainer
+from xmc.training.run import prepare_data
+from xmc.training.trainer import Trainer
 from xmc.types import SparseLabels
-
-TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -57,74 +54,35 @@ def config(**sections: dict[str, Any]) -> Config:
     return from_dict(values, source="test")
 
 
-def run_training(config: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
-    train(config, data=data, out=folder / "run", cache=folder.parent / "cache", resume=resume)
-    return folder / "run"
-
-
-def newest(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in event.items() if k not in TIMES} for event in read_log(run / "log.jsonl")
-    ]
-
-
 @pytest.fixture(scope="module")
-def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_training(config(), tiny_data, tmp_path_factory.mktemp("whole"))
+def whole_run(runs: ModuleType, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.train(config(), tiny_data, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("call", [9, 42, 68, 72, 73, 80])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    whole_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    runs: ModuleType, whole_run: Path, tiny_data: Path, tmp_path: Path, call: int
 ) -> None:
     """Stopped before, at and after the cut-off, behind call 72: two heads by two passes a step."""
-    original, calls = ClassifierHead.loss_and_grad, 0
-
-    def loss_and_grad(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierHead, "loss_and_grad", loss_and_grad)
-        step = 1 + (call - 1) // 4 if call <= 72 else 19 + (call - 73) // 2
-        with pytest.raises(Interrupted, match=f"after step {step}"):
-            run_training(config(), tiny_data, tmp_path)
-    torch.manual_seed(99)
-    parts = run_training(config(), tiny_data, tmp_path, resume=True)
-    model = "model/weights.safetensors"
-    assert (parts / model).read_bytes() == (whole_run / model).read_bytes()
-    one, other = newest(parts), newest(whole_run)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
-    assert events(parts) == events(whole_run)
+    step = 1 + (call - 1) // 4 if call <= 72 else 19 + (call - 73) // 2
+    start = partial(runs.train, config(), tiny_data, tmp_path)
+    parts = runs.stop_and_resume(start, [call], message=f"after step {step}")
+    runs.assert_same_run(whole_run, parts)
 
 
-def test_the_head_is_dropped_at_the_cutoff_and_never_in_the_model(whole_run: Path) -> None:
-    saved = {path.name: load_file(path / "tensors.safetensors") for path in _checkpoints(whole_run)}
-    assert not [name for name in newest(whole_run) if name.startswith("auxiliary.")]
-    assert len(saved) == 2  # both after step 18
+def test_the_head_is_dropped_at_the_cutoff_and_never_in_the_model(
+    runs: ModuleType, whole_run: Path
+) -> None:
+    assert not [name for name in runs.newest(whole_run) if name.startswith("auxiliary.")]
+    assert len(runs.checkpoints(whole_run)) == 2  # both after step 18
     weights = load_file(whole_run / "model" / "weights.safetensors")
     assert {name.split(".")[0] for name in weights} == {"encoder", "head"}
-    assert [event["step"] for event in events(whole_run) if event["event"] == "auxiliary_end"] == [
-        18
-    ]
+    assert [event["step"] for event in runs.events(whole_run, "auxiliary_end")] == [18]
     load_model(whole_run / "model")
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").iterdir())
-
-
 def test_the_cutoff_frees_the_head(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing holds it any longer when the epoch's validation starts."""
     heads: list[weakref.ref[AuxiliaryHead]] = []
@@ -144,22 +102,26 @@ def test_the_cutoff_frees_the_head(
 
     monkeypatch.setattr("xmc.training.run.make_auxiliary", make)
     monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
-    run_training(config(), tiny_data, tmp_path)
+    runs.train(config(), tiny_data, tmp_path)
     assert alive == [True, False, False]
 
 
-def test_checkpoints_hold_the_head_until_the_cutoff(tiny_data: Path, tmp_path: Path) -> None:
-    run = run_training(config(auxiliary={"cutoff_epochs": 4}), tiny_data, tmp_path)
-    names = {name for name in newest(run) if name.startswith("auxiliary.")}
+def test_checkpoints_hold_the_head_until_the_cutoff(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = runs.train(config(auxiliary={"cutoff_epochs": 4}), tiny_data, tmp_path)
+    names = {name for name in runs.newest(run) if name.startswith("auxiliary.")}
     parts = {"layer.weight", "layer.bias", "weight_m", "weight_v", "bias_m", "bias_v"}
     assert names == {f"auxiliary.{name}" for name in parts}
 
 
-def test_steps_log_both_parts_until_the_cutoff(tiny_data: Path, tmp_path: Path) -> None:
+def test_steps_log_both_parts_until_the_cutoff(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
     """The parts add up to the loss that is minimised; the share is that of the step."""
     options = config(auxiliary={"cutoff_epochs": 5}, train={"epochs": 5})
-    run = run_training(options, tiny_data, tmp_path)
-    steps = [event for event in events(run) if event["event"] == "step"]
+    run = runs.train(options, tiny_data, tmp_path)
+    steps = runs.events(run, "step")
     assert [event["step"] for event in steps] == [20, 40, 45]
     for event in steps:
         share = event["auxiliary_share"]
@@ -187,10 +149,12 @@ def test_the_meter_undoes_the_weights_and_joins_the_passes() -> None:
     )
 
 
-def test_nothing_is_logged_or_written_without_it(tiny_data: Path, tmp_path: Path) -> None:
-    run = run_training(config(auxiliary={"kind": "none"}), tiny_data, tmp_path)
+def test_nothing_is_logged_or_written_without_it(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = runs.train(config(auxiliary={"kind": "none"}), tiny_data, tmp_path)
     assert not (run / "clusters.safetensors").exists()
-    assert not any("auxiliary_share" in event for event in events(run))
+    assert not any("auxiliary_share" in event for event in runs.events(run))
 
 
 def test_the_run_keeps_its_clusters(whole_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -296,18 +260,22 @@ def test_cluster_shares_count_rows_once(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(shares, torch.tensor([4.5 / 6, 1.5 / 6]))
 
 
-def test_too_few_labels_are_a_clear_error(tiny_data: Path, tmp_path: Path) -> None:
+def test_too_few_labels_are_a_clear_error(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
     message = r"auxiliary\.max_labels: expected fewer than the 30 labels, .*, got 30"
     with pytest.raises(ConfigError, match=message):
-        run_training(config(auxiliary={"max_labels": 30}), tiny_data, tmp_path)
+        runs.train(config(auxiliary={"max_labels": 30}), tiny_data, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_without_the_clusters_is_a_clear_error(tiny_data: Path, tmp_path: Path) -> None:
-    run = run_training(config(train={"epochs": 1}), tiny_data, tmp_path)
+def test_resuming_without_the_clusters_is_a_clear_error(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = runs.train(config(train={"epochs": 1}), tiny_data, tmp_path)
     (run / "clusters.safetensors").unlink()
     with pytest.raises(ValueError, match=r"clusters\.safetensors: expected label clusters, got no"):
-        run_training(config(train={"epochs": 1}), tiny_data, tmp_path, resume=True)
+        runs.train(config(train={"epochs": 1}), tiny_data, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +15,7 @@ from torch import Tensor
 from xmc.config import Config, from_dict
 from xmc.heads.classifier import ClassifierHead
 from xmc.nn.rewire import RewireReport
-from xmc.training.log import read_log
-from xmc.training.run import train
-from xmc.training.trainer import Interrupted
 from xmc.types import SparseLabels
-
-TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
 
 
 def config(rewire: dict[str, Any], *, dropout: float = 0.3, **train_options: Any) -> Config:
@@ -33,15 +29,6 @@ def config(rewire: dict[str, Any], *, dropout: float = 0.3, **train_options: Any
         "train": {**options, "checkpoint_every": 4, **train_options},
     }
     return from_dict(values, source="test")
-
-
-def run_training(config: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
-    train(config, data=data, out=folder / "run", cache=folder.parent / "cache", resume=resume)
-    return folder / "run"
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [event for event in read_log(run / "log.jsonl") if event["event"] == name]
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, attribute: str, seen: Any) -> None:
@@ -65,52 +52,26 @@ OPTIONS = [
 @pytest.mark.parametrize("rewire", OPTIONS)
 @pytest.mark.parametrize("call", [9, 27])  # the first pass of step 5, which rewires, and of step 14
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rewire: dict[str, Any],
-    call: int,
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, rewire: dict[str, Any], call: int
 ) -> None:
     options = config(rewire)
-    whole = run_training(options, tiny_data, tmp_path / "whole")
-    calls = 0
-
-    def stop(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        watch(patch, "loss_and_grad", stop)
-        with pytest.raises(Interrupted):
-            run_training(options, tiny_data, tmp_path / "parts")
-    torch.manual_seed(99)
-    parts = run_training(options, tiny_data, tmp_path / "parts", resume=True)
-    newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (whole, parts)]
-    tensors = [load_file(path / "tensors.safetensors") for path in newest]
-    assert {"rewire.slot_age", "rewire.rewirings"} <= tensors[0].keys()
-    assert tensors[0].keys() == tensors[1].keys()
-    for name in tensors[0]:
-        assert tensors[0][name].numpy().tobytes() == tensors[1][name].numpy().tobytes(), name
-    logs = [
-        [{k: v for k, v in event.items() if k not in TIMES} for event in read_log(path)]
-        for path in (whole / "log.jsonl", parts / "log.jsonl")
-    ]
-    assert logs[0] == logs[1]
+    whole = runs.train(options, tiny_data, tmp_path / "whole")
+    start = partial(runs.train, options, tiny_data, tmp_path / "parts")
+    runs.assert_same_run(whole, runs.stop_and_resume(start, [call]))
+    assert {"rewire.slot_age", "rewire.rewirings"} <= runs.newest(whole).keys()
 
 
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_rewirings_are_counted_in_steps_and_logged(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """27 steps of two passes: at 5, 10, 15, 20 (the end is 24.3), never half way."""
     passes: list[int] = []
     between: list[int] = []
     watch(monkeypatch, "loss_and_grad", lambda *_: passes.append(1))
     watch(monkeypatch, "rewire_", lambda *_: between.append(len(passes)))
-    run = run_training(config({"method": method}), tiny_data, tmp_path)
-    found = events(run, "rewire")
+    run = runs.train(config({"method": method}), tiny_data, tmp_path)
+    found = runs.events(run, "rewire")
     assert [event["step"] for event in found] == [5, 10, 15, 20]
     assert between == [10, 20, 30, 40]
     # round(6 * 0.25 (1 + cos(pi t / 24.3))) of 6 slots, of 30 labels
@@ -126,7 +87,7 @@ def test_rewirings_are_counted_in_steps_and_logged(
 
 
 def test_rigl_sees_all_rows_of_the_step(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The representations of every pass of the step, in order, with the labels of these rows."""
     passes: list[tuple[Tensor, SparseLabels]] = []
@@ -137,7 +98,7 @@ def test_rigl_sees_all_rows_of_the_step(
 
     watch(monkeypatch, "loss_and_grad", saw_pass)
     watch(monkeypatch, "rewire_", lambda _, __, kwargs: rewirings.append(kwargs))
-    run_training(config({"method": "rigl"}, batch_size=15, accumulation=3), tiny_data, tmp_path)
+    runs.train(config({"method": "rigl"}, batch_size=15, accumulation=3), tiny_data, tmp_path)
     assert [kwargs["step"] for kwargs in rewirings] == [5, 10, 15, 20]
     for kwargs in rewirings:
         last = kwargs["step"] * 3
@@ -148,7 +109,7 @@ def test_rigl_sees_all_rows_of_the_step(
 
 
 def test_accumulation_rewires_as_the_larger_batch(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One RigL rewiring after the first step: one pass of 60 rows, or three of 20."""
     patterns = []
@@ -167,17 +128,19 @@ def test_accumulation_rewires_as_the_larger_batch(
             **{"dropout": 0.0, "batch_size": batch_size, "accumulation": accumulation},
             epochs=1,
         )
-        run_training(options, tiny_data, tmp_path / str(batch_size))
+        runs.train(options, tiny_data, tmp_path / str(batch_size))
     (start, one), (same_start, other) = patterns
     assert torch.equal(start, same_start)
     assert not torch.equal(start, one)
     assert torch.equal(one, other)
 
 
-def test_a_static_pattern_leaves_no_trace(tiny_data: Path, tmp_path: Path) -> None:
-    run = run_training(config({"method": "static"}), tiny_data, tmp_path)
-    assert not events(run, "rewire")
-    tensors = load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
+def test_a_static_pattern_leaves_no_trace(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = runs.train(config({"method": "static"}), tiny_data, tmp_path)
+    assert not runs.events(run, "rewire")
+    tensors = runs.newest(run)
     assert not any(name.startswith("rewire.") for name in tensors)
     first = load_file(run / "model" / "weights.safetensors")["head.layer.index"]
     assert torch.equal(first, tensors["model.head.layer.index"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import signal
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,16 +18,9 @@ import xmc
 from xmc.config import Config, from_dict
 from xmc.data.formats import read_documents
 from xmc.heads.arranged import ArrangedHead
-from xmc.heads.classifier import ClassifierHead
-from xmc.heads.head import HeadResult
 from xmc.model import ModelError, load_model
 from xmc.nn.clusters import Clusters
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.training.log import read_log
-from xmc.training.run import train
-from xmc.training.trainer import Interrupted
-
-TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -74,59 +68,23 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_training(options: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
-    cache = data.parent / "cache"
-    train(options, data=data, out=folder / "run", cache=cache, resume=resume)
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
-def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_training(config(), data, tmp_path_factory.mktemp("whole"))
-
-
-def newest(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in event.items() if k not in TIMES} for event in read_log(run / "log.jsonl")
-    ]
+def whole_run(runs: ModuleType, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.train(config(), data, tmp_path_factory.mktemp("whole"))
 
 
 # 360 documents and 30 titles: 10 steps of two passes an epoch. A pass calls the dense rows, the
 # sparse ones and, in the first 20 steps, the auxiliary head.
 @pytest.mark.parametrize("call", [30, 119, 131])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    whole_run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    runs: ModuleType, whole_run: Path, data: Path, tmp_path: Path, call: int
 ) -> None:
-    original, calls = ClassifierHead.loss_and_grad, 0
-
-    def loss_and_grad(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierHead, "loss_and_grad", loss_and_grad)
-        with pytest.raises(Interrupted):
-            run_training(config(), data, tmp_path)
-    torch.manual_seed(99)
-    parts = run_training(config(), data, tmp_path, resume=True)
-    model = "model/weights.safetensors"
-    assert (parts / model).read_bytes() == (whole_run / model).read_bytes()
-    one, other = newest(parts), newest(whole_run)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
-    assert events(parts) == events(whole_run)
+    start = partial(runs.train, config(), data, tmp_path)
+    runs.assert_same_run(whole_run, runs.stop_and_resume(start, [call]))
 
 
-def test_the_checkpoint_holds_all_of_it(whole_run: Path) -> None:
-    names = set(newest(whole_run))
+def test_the_checkpoint_holds_all_of_it(runs: ModuleType, whole_run: Path) -> None:
+    names = set(runs.newest(whole_run))
     for part in ("dense", "sparse"):
         for name in ("weight_m", "weight_v", "bias_m", "bias_v"):
             assert f"head.{part}.{name}" in names
@@ -208,7 +166,9 @@ def test_a_damaged_order_is_named(whole_run: Path, tmp_path: Path) -> None:
     ("order", "loss"),
     [("random", "squared_hinge"), ("cluster", "bce")],
 )
-def test_every_order_learns(data: Path, tmp_path: Path, order: str, loss: str) -> None:
+def test_every_order_learns(
+    runs: ModuleType, data: Path, tmp_path: Path, order: str, loss: str
+) -> None:
     """Words give labels away; the most frequent label alone is right for 20 of 100 test rows."""
     options = config(
         head={"order": order, "loss": loss},
@@ -217,6 +177,6 @@ def test_every_order_learns(data: Path, tmp_path: Path, order: str, loss: str) -
         classifier_optimizer={"lr": 0.05},
         train={"epochs": 15},
     )
-    run = run_training(options, data, tmp_path)
+    run = runs.train(options, data, tmp_path)
     assert (run / "clusters.safetensors").exists() == (order == "cluster")
     assert xmc.evaluate(run, "test", cache=data.parent / "cache").values["P@1"] > 0.8

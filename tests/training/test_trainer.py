@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,15 +14,11 @@ from torch import Tensor, nn
 
 from xmc.config import Config, from_dict
 from xmc.data.batches import Dataset
-from xmc.heads.classifier import ClassifierHead
-from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.training.encoder_optimizer import clip_gradient_
 from xmc.training.log import read_log
-from xmc.training.run import prepare_data, train
-from xmc.training.trainer import Interrupted, Trainer, TrainingError
-
-TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")
+from xmc.training.run import prepare_data
+from xmc.training.trainer import Trainer, TrainingError
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -37,45 +34,6 @@ def config(**sections: dict[str, Any]) -> Config:
     return from_dict(values, source="test")
 
 
-def run_training(config: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
-    train(config, data=data, out=folder / "run", cache=folder.parent / "cache", resume=resume)
-    return folder / "run"
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Any) -> None:
-    """Call `fail` inside the given call of the head's loss."""
-    original, calls = ClassifierHead.loss_and_grad, 0
-
-    def loss_and_grad(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            fail()
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(ClassifierHead, "loss_and_grad", loss_and_grad)
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: the best model, the last checkpoint with moments and random state, the log."""
-    weights = [run / "model" / "weights.safetensors" for run in (one, other)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
-    assert newest[0].name == newest[1].name
-    tensors = [load_file(path / "tensors.safetensors") for path in newest]
-    assert tensors[0].keys() == tensors[1].keys()
-    for name in tensors[0]:
-        assert tensors[0][name].numpy().tobytes() == tensors[1][name].numpy().tobytes(), name
-    logs = [
-        [
-            {k: v for k, v in event.items() if k not in TIMES}
-            for event in read_log(run / "log.jsonl")
-        ]
-        for run in (one, other)
-    ]
-    assert logs[0] == logs[1]
-
-
 EVERYTHING = {
     "rewire": {"method": "set", "interval": 5, "fraction": 0.3, "end": 0.9},
     "train": {"accumulation": 2, "batch_size": 20, "checkpoint_every": 4, "epochs": 3},
@@ -85,39 +43,30 @@ EVERYTHING = {
 @pytest.mark.parametrize("call", [7, 21, 37])  # in the middle of an accumulated step, too
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    call: int,
-    optimizer: str,
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, call: int, optimizer: str
 ) -> None:
     options = config(**EVERYTHING, classifier_optimizer={"kind": optimizer, "lr": 0.05})
-    whole = run_training(options, tiny_data, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        fail_at(patch, call, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted, match=r"stopped by SIGINT after step \d+"):
-            run_training(options, tiny_data, tmp_path / "parts")
-    torch.manual_seed(99)  # a new process starts with another random state
-    parts = run_training(options, tiny_data, tmp_path / "parts", resume=True)
-    assert_same_run(whole, parts)
+    whole = runs.train(options, tiny_data, tmp_path / "whole")
+    start = partial(runs.train, options, tiny_data, tmp_path / "parts")
+    runs.assert_same_run(whole, runs.stop_and_resume(start, [call]))
 
 
 def test_a_crash_loses_only_the_steps_since_the_checkpoint(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: ModuleType, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log lines and files after the last checkpoint are forgotten, and written again alike."""
     options = config(**EVERYTHING)
-    whole = run_training(options, tiny_data, tmp_path / "whole")
+    whole = runs.train(options, tiny_data, tmp_path / "whole")
 
     def crash() -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        fail_at(patch, 31, crash)  # in step 16 of 27; checkpoints were written at 12 and 9
+        runs.fail_at(patch, [31], crash)  # in step 16 of 27; checkpoints were written at 12 and 9
         with pytest.raises(MemoryError):
-            run_training(options, tiny_data, tmp_path / "parts")
-    parts = run_training(options, tiny_data, tmp_path / "parts", resume=True)
-    assert_same_run(whole, parts)
+            runs.train(options, tiny_data, tmp_path / "parts")
+    parts = runs.train(options, tiny_data, tmp_path / "parts", resume=True)
+    runs.assert_same_run(whole, parts)
 
 
 def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
@@ -185,24 +134,28 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
         assert error < 0.01 * (truth.detach() - start).norm()
 
 
-def test_accumulation_equals_the_larger_batch(tiny_data: Path, tmp_path: Path) -> None:
+def test_accumulation_equals_the_larger_batch(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
     weights = []
     for batch_size, accumulation in ((60, 1), (20, 3)):
         options = config(
             encoder={"dim": 24, "dropout": 0.0},
             train={"batch_size": batch_size, "accumulation": accumulation, "epochs": 1},
         )
-        run = run_training(options, tiny_data, tmp_path / str(batch_size))
+        run = runs.train(options, tiny_data, tmp_path / str(batch_size))
         weights.append(load_file(run / "model" / "weights.safetensors"))
     for name in weights[0]:
         one, other = weights[0][name].double(), weights[1][name].double()
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_early_stopping_keeps_the_best_epoch(tiny_data: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_epoch(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
     """A rate so high that the first epochs are the best: training stops `patience` later."""
     options = config(train={"epochs": 30, "patience": 2, "select_by": "P@1", "batch_size": 16})
-    run = run_training(options, tiny_data, tmp_path)
+    run = runs.train(options, tiny_data, tmp_path)
     events = read_log(run / "log.jsonl")
     scores = [event["P@1"] for event in events if event["event"] == "validation"]
     best = scores.index(max(scores))
@@ -211,17 +164,21 @@ def test_early_stopping_keeps_the_best_epoch(tiny_data: Path, tmp_path: Path) ->
     assert events[-1]["epoch"] == best + 1
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_advice(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
     options = config(encoder_optimizer={"lr": 1e38}, classifier_optimizer={"lr": 1e38})
     with pytest.raises((TrainingError, ValueError), match=r"encoder_optimizer\.lr|finite"):
-        run_training(options, tiny_data, tmp_path)
+        runs.train(options, tiny_data, tmp_path)
 
 
-def test_training_without_validation_keeps_the_last_epoch(tiny_data: Path, tmp_path: Path) -> None:
-    run = run_training(config(train={"validation": 0.0, "epochs": 2}), tiny_data, tmp_path)
+def test_training_without_validation_keeps_the_last_epoch(
+    runs: ModuleType, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = runs.train(config(train={"validation": 0.0, "epochs": 2}), tiny_data, tmp_path)
     events = read_log(run / "log.jsonl")
     assert not [event for event in events if event["event"] == "validation"]
-    last = load_file(sorted((run / "checkpoints").iterdir())[-1] / "tensors.safetensors")
+    last = runs.newest(run)
     kept = load_file(run / "model" / "weights.safetensors")
     for name, tensor in kept.items():
         assert torch.equal(tensor.long(), last[f"model.{name}"].long())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,15 +18,11 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import xmc
 from xmc.config import Config, load_recipe
 from xmc.data.formats import DataError
-from xmc.heads.classifier import ClassifierHead
-from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model
 from xmc.nn.transformer import TransformerEncoder
 from xmc.nn.warm_start import model_folder, tokenizer_source
 from xmc.training import trainer as trainer_module
-from xmc.training.log import read_log
 from xmc.training.run import prepare_data
-from xmc.training.trainer import Interrupted
 from xmc.types import Tokens
 
 
@@ -158,47 +155,25 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("overflowing")
 def test_all_options_together_train_resume_and_answer(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: ModuleType,
+    tiny_bert: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Float16 with skipped steps, adapters, checkpointing, buckets, clipping, rigl, clusters."""
     whole = train_everything(tiny_bert, tiny_data, tmp_path / "whole")
-    original, calls = ClassifierHead.loss_and_grad, 0
-
-    def stop(self: ClassifierHead, *args: Any, **kwargs: Any) -> HeadResult:
-        nonlocal calls
-        calls += 1
-        if calls in (11, 90):  # while the scale still falls; much later
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassifierHead, "loss_and_grad", stop)
-        with pytest.raises(Interrupted):
-            train_everything(tiny_bert, tiny_data, tmp_path / "parts")
-        torch.manual_seed(77)
-        with pytest.raises(Interrupted):
-            train_everything(tiny_bert, tiny_data, tmp_path / "parts", resume=True)
-    torch.manual_seed(78)
-    parts = train_everything(tiny_bert, tiny_data, tmp_path / "parts", resume=True)
-
-    times = ("seconds", "examples_per_second", "peak_memory_bytes")
-    logs = [
-        [
-            {k: v for k, v in event.items() if k not in times}
-            for event in read_log(run / "log.jsonl")
-        ]
-        for run in (whole, parts)
-    ]
-    assert logs[0] == logs[1]
-    for name in ("model/weights.safetensors", "checkpoints/step-00000036/tensors.safetensors"):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    steps = [event for event in logs[0] if event["event"] == "step"]
+    start = partial(train_everything, tiny_bert, tiny_data, tmp_path / "parts")
+    parts = runs.stop_and_resume(start, [11, 90])  # while the scale still falls; much later
+    runs.assert_same_run(whole, parts)
+    steps = runs.events(whole, "step")
     assert steps[0]["overflows"] > 3
     assert steps[-1]["overflows"] < 15 < steps[-1]["step"]
     assert steps[-1]["loss"] < steps[0]["main_loss"]
 
     # The saved model is plain: without peft, and with the numbers of the trained one.
-    tensors = load_file(parts / "checkpoints" / "step-00000036" / "tensors.safetensors")
+    assert runs.checkpoints(parts)[-1].name == "step-00000036"
+    tensors = runs.newest(parts)
     assert any("lora_A" in name for name in tensors)
     saved = load_file(parts / "model" / "weights.safetensors")
     assert not [name for name in saved if "lora" in name or "base_layer" in name]
@@ -215,7 +190,7 @@ def recipe(*overrides: str) -> Config:
 
 
 def test_adapters_learn_and_the_best_epoch_is_merged(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+    runs: ModuleType, tiny_bert: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Scores of the last checkpoint with its adapters equal those of the saved model."""
     overrides = [
@@ -232,8 +207,7 @@ def test_adapters_learn_and_the_best_epoch_is_merged(
     options = load_recipe("quickstart", overrides)
     features, train_set, _ = prepare_data(options, tiny_data, cache)
     adapted = build_model(options, features, [str(n) for n in range(30)])
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    tensors = load_file(newest / "tensors.safetensors")
+    tensors = runs.newest(run)
     state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     adapted.load_state_dict(state)
     inputs = train_set.batch(torch.arange(20)).inputs
