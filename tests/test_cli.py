@@ -99,6 +99,25 @@ def test_predict_streams_lines_and_json_lines(xmc: Xmc, trained: Path) -> None:
     assert [a["labels"][0]["label"] for a in answers] == ["label 4", "label 1"]
 
 
+def test_several_runs_answer_together(xmc: Xmc, trained: Path, tmp_path: Path) -> None:
+    """A run beside itself changes nothing but the name of the file."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    cache = trained.parent / "cache"
+    code, _, err = xmc("evaluate", run, "--cache", cache)
+    assert code == 0, err
+    code, _, err = xmc("evaluate", run, trained, "--weights", "0.7,0.3", "--cache", cache)
+    assert code == 0, err
+    alone, together = (
+        json.loads((run / f"{name}-test.json").read_text()) for name in ("evaluation", "ensemble")
+    )
+    assert together["values"] == alone["values"]
+    _, alone, _ = xmc("predict", run, "--text", "word3")
+    assert xmc("predict", run, trained, "--text", "word3") == (0, alone, "")
+    refused = xmc("evaluate", run, trained, "--weights", "1,a")
+    assert_refused(refused, '--weights: expected numbers such as "0.7,0.3", got "1,a"')
+
+
 def test_more_labels_asked_for_than_there_are(xmc: Xmc, trained: Path) -> None:
     code, out, err = xmc("predict", trained, "--text", "word1", "-k", "1000")
     assert code == 0, err

@@ -31,6 +31,10 @@ app.add_typer(data_app, name="data")
 _TOO_LARGE = 3  # the exit code of a plan that does not fit
 _INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Weights of several runs, such as 0.7,0.3 (default: all alike)."),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(help="Folder of encoded features, reused between runs (default: ~/.cache/xmc)."),
@@ -92,12 +96,16 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folder; several of the same labels are evaluated together."),
+    ],
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
     data: Annotated[
         Path | None,
         typer.Option(help="Another data folder with the same labels (default: the run's own)."),
     ] = None,
+    weights: Weights = None,
     k: Annotated[str, typer.Option("-k", help="Ranks, separated by commas.")] = "1,3,5,10",
     propensity: Annotated[
         str, typer.Option(help="Constants a and b: default, amazon or wikipedia.")
@@ -120,19 +128,23 @@ def evaluate(
     ] = False,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", help="Where to write the scores (default: in the run folder)."),
+        typer.Option("--json", help="Where to write the scores (default: in the first run)."),
     ] = None,
     cache: Cache = None,
 ) -> None:
-    """Print P@k, nDCG@k, recall and propensity-scored metrics, and write them as JSON."""
+    """Print P@k, nDCG@k, recall and propensity-scored metrics, and write them as JSON.
+
+    Several runs score the best labels of each of them together: the mean of their probabilities.
+    """
     from xmc.evaluation.report import render, to_json
     from xmc.serving.evaluate import evaluate as evaluate_run
 
     with _rows_bar(f"evaluate {split}") as progress:
         scores = evaluate_run(
-            run,
+            runs,
             split,
             data=data,
+            weights=_weights(weights),
             ks=_numbers("-k", k, "1,3,5"),
             propensity=propensity,
             a=a,
@@ -145,7 +157,8 @@ def evaluate(
             progress=progress,
         )
     Console().print(render(scores), soft_wrap=True)
-    path = json_path or run / f"{'baseline' if baseline else 'evaluation'}-{split}.json"
+    kind = "baseline" if baseline else "evaluation" if len(runs) == 1 else "ensemble"
+    path = json_path or runs[0] / f"{kind}-{split}.json"
     to_json(scores, path)
     _note(f"written to {path}")
 
@@ -239,12 +252,16 @@ def compare(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a model folder.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folder, or a model folder; several answer together."),
+    ],
     text: Annotated[
         list[str] | None,
         typer.Option(help="A text; repeatable. Without it, one text per line of standard input."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Labels per text.")] = 5,
+    weights: Weights = None,
     jsonl: Annotated[
         bool,
         typer.Option(
@@ -255,11 +272,12 @@ def predict(
     """Answer texts with labels.
 
     With --text, a table; from standard input, one JSON object a line: {"text": ..., "labels":
-    [{"label": ..., "score": ...}]}. Scores are probabilities for bce, margins for squared_hinge.
+    [{"label": ..., "score": ...}]}. Scores are probabilities for bce and of several runs, margins
+    for squared_hinge.
     """
     from xmc.serving.predictor import Predictor
 
-    predictor = Predictor.load(run)
+    predictor = Predictor.load(runs, _weights(weights))
     if text:
         for line, answer in zip(text, predictor.predict(text, k), strict=True):
             print(line)
@@ -423,6 +441,13 @@ def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f'{option}: expected numbers such as "{example}", got "{text}"') from None
+
+
+def _weights(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f'--weights: expected numbers such as "0.7,0.3", got "{text}"') from None
 
 
 def _read_texts(jsonl: bool) -> Iterator[str]:

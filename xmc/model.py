@@ -61,13 +61,31 @@ class XMCModel(nn.Module):
 
     @torch.inference_mode()
     def topk(self, inputs: Bag | Tokens, k: int, exclude: SparseLabels | None = None) -> TopK:
-        """The k best labels of each input, without dropout; restores the training mode."""
+        """The k best labels of each input, without dropout."""
+        return self.head.topk(self.reps(inputs), k, exclude)
+
+    @torch.inference_mode()
+    def reps(self, inputs: Bag | Tokens) -> Tensor:  # [B, D]
+        """What the head reads of each input, without dropout; restores the training mode."""
         training = self.encoder.training
         self.encoder.eval()
         try:
-            return self.head.topk(self.intermediate(self.encoder(inputs)), k, exclude)
+            out: Tensor = self.intermediate(self.encoder(inputs))
+            return out
         finally:
             self.encoder.train(training)
+
+    def probabilities(self, scores: Tensor) -> Tensor:  # [B, C] -> [B, C]
+        """Estimates of P(label | text) from scores, in the same order.
+
+        "bce": sigmoid(s). "squared_hinge": sigmoid(2 s), because the margin that minimises it is
+        2 p - 1 (Zhang, Annals of Statistics 2004), of which this has value and slope at 0.
+        """
+        return torch.sigmoid(scores if self.head.loss == "bce" else 2 * scores)
+
+    def shown(self, scores: Tensor) -> Tensor:
+        """Scores as `Predictor` gives them: probabilities for "bce", margins otherwise."""
+        return self.probabilities(scores) if self.head.loss == "bce" else scores
 
     def topk_of(self, k: int) -> Callable[[Batch], TopK]:
         """A function of a batch, as evaluation wants it, that honours the batch's filter."""

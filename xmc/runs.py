@@ -22,3 +22,19 @@ def read_run(run: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not the record of a run: {error!r}") from None
     return record
+
+
+def check_same_labels(
+    labels: list[str], expected: list[str], name: str | Path, model: str = "the model"
+) -> None:
+    """Raise RunError naming the first label that differs from those of a model."""
+    if labels == expected:
+        return
+    if len(labels) != len(expected):
+        raise RunError(f"{name}: expected the {len(expected)} labels of {model}, got {len(labels)}")
+    first = next(
+        i for i, pair in enumerate(zip(labels, expected, strict=True)) if len(set(pair)) > 1
+    )
+    raise RunError(
+        f"{name}: label {first} is {labels[first]!r}, in {model} it is {expected[first]!r}"
+    )

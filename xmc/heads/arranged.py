@@ -18,6 +18,7 @@ from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire import RewireReport
 from xmc.nn.slot_age import SlotAges
 from xmc.types import SparseLabels, TopK
+from xmc_kernels.checks import check_label_range
 
 _NEVER = -1e30  # bias of a phantom row: its sigmoid is 0, and every label outranks it
 
@@ -195,6 +196,21 @@ class ArrangedHead(nn.Module):
         return TopK(scores, labels.masked_fill(nothing, -1)).ranked()
 
     @torch.no_grad()
+    def candidate_scores(
+        self,
+        reps: Tensor,  # [B, D]
+        labels: Tensor,  # [B, C] int64, -1 for padding
+    ) -> Tensor:  # [B, C] float32
+        """The exact scores of chosen labels; -inf for padding."""
+        check_label_range(labels[labels >= 0], self.num_labels)
+        rows = torch.where(labels < 0, -1, self._rows[labels.clamp(min=0)].long())
+        scores = []
+        for start, part in self._parts():
+            inside = (rows >= start) & (rows < start + part.num_labels)
+            scores.append(part.candidate_scores(reps, torch.where(inside, rows - start, -1)))
+        return scores[0] if len(scores) == 1 else torch.maximum(*scores)  # the other is -inf
+
+    @torch.no_grad()
     def rewire_(
         self,
         config: RewireConfig,
@@ -230,6 +246,13 @@ class ArrangedHead(nn.Module):
         return state
 
     @property
+    def _rows(self) -> Tensor:
+        """The row of each label, [L] int32."""
+        if self._row_of is None:
+            self._row_of = self.order.argsort().int()
+        return self._row_of
+
+    @property
     def _num_dense(self) -> int:
         return 0 if self.dense is None else self.dense.num_labels
 
@@ -245,10 +268,8 @@ class ArrangedHead(nn.Module):
             raise ValueError(
                 f"expected rows over {self.num_labels} labels, got {labels.num_labels}"
             )
-        if self._row_of is None:
-            self._row_of = self.order.argsort().int()
         sizes = [part.num_labels for _, part in self._parts()]
-        return renumbered(labels, self._row_of, sizes)
+        return renumbered(labels, self._rows, sizes)
 
     @torch.no_grad()
     def _silence_phantoms_(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.heads.candidates import candidate_scores
 from xmc.heads.growth import growth_scores
 from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
@@ -180,6 +181,14 @@ class ClassifierHead(nn.Module):
             exclude=pairs,
         )
         return TopK(scores, labels)
+
+    def candidate_scores(
+        self,
+        reps: Tensor,  # [B, D]
+        labels: Tensor,  # [B, C] int64, -1 for padding
+    ) -> Tensor:  # [B, C] float32
+        """The exact scores of chosen labels, see `xmc.heads.candidates`."""
+        return candidate_scores(self.layer, reps, labels)
 
     @torch.no_grad()
     def rewire_(

@@ -1,28 +1,34 @@
-"""Evaluation of a trained run on a split of its data, or of other data with the same labels."""
+"""Evaluation of trained runs on a split of their data, or of other data with the same labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from xmc.data.batches import load_dataset
+from xmc.data.batches import Dataset, load_dataset
 from xmc.data.formats import read_labels, split_name
 from xmc.evaluation.frequency import frequency_topk
 from xmc.evaluation.metrics import MetricAccumulator, Scores
 from xmc.evaluation.metrics import evaluate as score_batches
 from xmc.evaluation.propensity import Propensity
 from xmc.model import XMCModel, load_model
-from xmc.runs import RunError, read_run
+from xmc.runs import RunError, check_same_labels, read_run
+from xmc.serving.ensemble import CANDIDATES, Ensemble
 from xmc.types import Batch, TopK
 
 KS = (1, 3, 5, 10)
 
+Run = str | Path | XMCModel
+
 
 def evaluate(
-    run: str | Path | XMCModel,
+    run: Run | Sequence[Run],
     split: str = "test",
     *,
     data: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    candidates: int = CANDIDATES,
     ks: tuple[int, ...] = KS,
     propensity: str = "default",
     a: float | None = None,
@@ -37,25 +43,31 @@ def evaluate(
     """Metrics of a run on "test", "validation" or "train" (`tst`, `val`, `trn`).
 
     Args:
-        run: the folder that `xmc train` wrote, or the model that `xmc.train` returned.
-        data: another data folder with the same labels (default: the one trained on).
+        run: the folder that `xmc train` wrote, or the model that `xmc.train` returned; several of
+            the same labels are evaluated together (`xmc.serving.ensemble.Ensemble`).
+        data: another data folder with the same labels (default: the one the first was trained on).
+        weights: of several runs, in their order (default: all count alike).
+        candidates: labels that each of several runs proposes for a row.
         propensity: preset of the constants a and b; `a` and `b` together replace it.
+        threshold: by the raw score, of several runs by the mean probability.
         baseline: score the most frequent labels instead of the model's predictions.
         progress: called with the number of rows of each batch.
 
-    Label frequencies (propensities, head/torso/tail) come from the whole training split.
+    Label frequencies (propensities, head/torso/tail) come from the whole training split of the
+    first run.
     """
-    if isinstance(run, XMCModel):
-        model = run
-        if model.folder is None:
-            raise RunError("expected a model loaded from its run folder, got one in memory")
-        record = read_run(model.folder.parent)
-    else:
-        record = read_run(Path(run))
-        model = load_model(Path(run) / "model")
+    runs = [run] if isinstance(run, str | Path | XMCModel) else list(run)
+    opened = [_open(entry) for entry in runs]
+    models = [model for model, _ in opened]
+    if weights is not None and len(models) == 1:
+        raise ValueError(f"expected several runs with weights {list(weights)}, got one")
+    ensemble = Ensemble(models, weights, candidates=candidates)
+    model, record = opened[0]
     folder = Path(data) if data is not None else Path(record["data"])
-    _check_labels(model, folder)
-    dataset = load_dataset(folder, split_name(split), model.features, cache=cache)
+    check_same_labels(read_labels(folder), model.labels, folder)
+    datasets = [
+        load_dataset(folder, split_name(split), member.features, cache=cache) for member in models
+    ]
     labels = load_dataset(Path(record["data"]), "trn", model.features, cache=cache).labels
     frequencies = labels.frequencies()
     accumulator = MetricAccumulator(
@@ -70,22 +82,32 @@ def evaluate(
     def most_frequent(batch: Batch) -> TopK:
         return frequency_topk(frequencies, max(ks), len(batch))
 
-    topk_of = most_frequent if baseline else model.topk_of(max(ks))
-    batches = dataset.batches(model.config.train.eval_batch_size)
+    topk_of: Callable[[Batch], TopK]
+    if baseline:
+        topk_of = most_frequent
+    elif len(models) == 1:
+        topk_of = model.topk_of(max(ks))
+    else:
+        topk_of = _joint_topk(ensemble, datasets, max(ks))
+    batches = datasets[0].batches(min(m.config.train.eval_batch_size for m in models))
     return score_batches(topk_of, batches, accumulator, progress=progress)
 
 
-def _check_labels(model: XMCModel, folder: Path) -> None:
-    labels = read_labels(folder)
-    if labels == model.labels:
-        return
-    if len(labels) != len(model.labels):
-        raise RunError(
-            f"{folder}: expected the {len(model.labels)} labels of the model, got {len(labels)}"
-        )
-    first = next(
-        i for i, pair in enumerate(zip(labels, model.labels, strict=True)) if len(set(pair)) > 1
-    )
-    raise RunError(
-        f"{folder}: label {first} is {labels[first]!r}, in the model it is {model.labels[first]!r}"
-    )
+def _open(run: Run) -> tuple[XMCModel, dict[str, Any]]:
+    """A model and the record of its run."""
+    if not isinstance(run, XMCModel):
+        record = read_run(Path(run))
+        return load_model(Path(run) / "model"), record
+    if run.folder is None:
+        raise RunError("expected a model loaded from its run folder, got one in memory")
+    return run, read_run(run.folder.parent)
+
+
+def _joint_topk(ensemble: Ensemble, datasets: list[Dataset], k: int) -> Callable[[Batch], TopK]:
+    """A function of a batch of the first data set; the same rows are read from the others."""
+
+    def topk(batch: Batch) -> TopK:
+        inputs = [dataset.features.rows(batch.rows) for dataset in datasets]
+        return ensemble.topk(inputs, k, batch.exclude)
+
+    return topk
