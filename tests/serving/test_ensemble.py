@@ -59,7 +59,7 @@ def all_probabilities(model: XMCModel, texts: list[str]) -> np.ndarray:
     if isinstance(head, ArrangedHead):
         joined = joined[:, head.order.long().argsort()]
     factor = 1 if head.loss == "bce" else 2
-    return (1 / (1 + np.exp(-factor * joined.detach().numpy())))
+    return 1 / (1 + np.exp(-factor * joined.detach().numpy()))
 
 
 def texts_of(data: Path) -> tuple[list[str], list[list[int]]]:
