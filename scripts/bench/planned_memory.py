@@ -17,16 +17,11 @@ from pathlib import Path
 import torch
 from provenance import append, provenance
 
+from xmc.memory import peak_memory_bytes
+
 VOCABULARY = 2_000
 STEPS = 3
 VALIDATION_ROWS = 64
-
-
-def resident_peak() -> int:
-    """Highest resident set of this process. getrusage counts that of the parent before exec too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def main() -> None:
@@ -37,7 +32,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    before = resident_peak()
+    before = peak_memory_bytes()
 
     from xmc.config import load_recipe
     from xmc.data.synthetic import make_synthetic
@@ -66,7 +61,7 @@ def main() -> None:
         # Neither texts nor label strings take part: ids go in, ids come out.
         model = XMCModel(config, Vocabulary.__new__(Vocabulary), [], encoder, head)
         Trainer(model, config, train_set, validation_set, run, show_progress=False).fit()
-    measured = resident_peak() - before
+    measured = peak_memory_bytes() - before
     workload = Workload(
         num_labels=options.labels,
         num_features=VOCABULARY,
