@@ -14,8 +14,8 @@ from xmc_kernels._cpu.vector import pointer, transpose_block
 WIDTHS = (16, 32, 64)
 NARROW = (4, 8, *WIDTHS)
 """Widths of kernels without gradients: small batches there are bound by reading the layer."""
-# Cost of a label and a tile beside its multiply-adds, in columns of work (a fit to the sweep of
-# scripts/bench/classifier_step.py).
+# Cost of a label and a tile beside its multiply-adds, in columns of work: a fit to times of 1 to
+# 512 rows (`scripts/bench/classifier.py --sweep batch` repeats them).
 _OVERHEAD = 20
 
 
