@@ -117,7 +117,7 @@ def written_in_place(layer: Layer, *others: Tensor | None) -> bool:
     return all(t is None or t.is_contiguous() for t in tensors)
 
 
-def check_finite(x: Tensor) -> None:
+def check_finite(x: Tensor, name: str = "features") -> None:
     """Raise ValueError that names the first row of x [B, D] with a NaN or an infinity."""
     if x.device.type == "cpu" and x.dtype != torch.bfloat16:
         # On one thread: waking torch's pool for this costs more, and its idle threads spin.
@@ -128,7 +128,7 @@ def check_finite(x: Tensor) -> None:
         return
     row = int((~torch.isfinite(x).all(1)).nonzero()[0])
     what = "NaN" if bool(torch.isnan(x[row]).any()) else "an infinity"
-    raise ValueError(f"expected finite features, row {row} has {what}")
+    raise ValueError(f"expected finite {name}, row {row} has {what}")
 
 
 def check_rows(indptr: Tensor, indices: Tensor, num_rows: int, name: str = "labels") -> None:
