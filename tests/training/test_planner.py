@@ -51,6 +51,11 @@ def measured(num_labels: int, settings: tuple[str, ...]) -> dict[str, Any]:
     return record
 
 
+def compile_kernels(settings: tuple[str, ...]) -> None:
+    """Compile what is not compiled yet, which takes memory of its own."""
+    measured(500, settings)  # a size that no test compares: `measured` runs each only once
+
+
 def growth(small: dict[str, Any], large: dict[str, Any]) -> tuple[int, int]:
     """Predicted and measured bytes that the large training takes beyond the small one."""
     predicted, seen = "predicted_bytes_above_torch", "measured_bytes_above_torch"
@@ -60,14 +65,14 @@ def growth(small: dict[str, Any], large: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize(("num_labels", "settings"), [(300_000, _SPARSE), (600_000, _HALF)])
 def test_the_peak_is_predicted_within_a_tenth(num_labels: int, settings: tuple[str, ...]) -> None:
     """Peak resident set above `import torch`, with validation and checkpoint."""
-    measured(1_000, settings)  # compiles what is not compiled yet, which takes memory of its own
+    compile_kernels(settings)
     large = measured(num_labels, settings)
     assert abs(large["error"]) < 0.1, large
 
 
 def test_the_peak_of_a_dense_head_is_predicted_within_a_tenth() -> None:
     """Of the reference, which works in tiles of labels."""
-    measured(1_000, _SPARSE)  # compiles what is not compiled yet, which takes memory of its own
+    compile_kernels(_SPARSE)
     small, large = measured(1_000, _SPARSE), measured(40_000, _DENSE)
     assert abs(large["error"]) < 0.1, large
     predicted, seen = growth(small, large)
@@ -339,6 +344,65 @@ def test_room_is_the_largest_that_fits() -> None:
     assert fan_in > 16
     assert make_plan(with_settings(config, {"head.fan_in": fan_in}), workload).peak <= memory
     assert make_plan(with_settings(config, {"head.fan_in": 2 * fan_in}), workload).peak > memory
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "accumulation", "most"),
+    [(10**6, 1, 4096), (1000, 1, 512), (1000, 4, 128), (3, 1, None)],  # from 64 rows a pass
+)
+def test_a_larger_batch_stays_below_4096_rows_and_those_of_the_data(
+    num_rows: int, accumulation: int, most: int | None
+) -> None:
+    config = config_of(train={"batch_size": 64, "accumulation": accumulation})
+    plan = make_plan(config, workload_of(num_rows=num_rows), memory=10**15)
+    assert plan.room.get("train.batch_size") == most
+
+
+def peak_changes(config: Config, workload: Workload, **where: Any) -> list[str]:
+    """Settings proposed where nothing would ever fit."""
+    plan = make_plan(config, workload, memory=1, **where)
+    return [setting for change in plan.changes for setting in change.settings]
+
+
+def test_passes_are_joined_up_to_4096_rows_and_those_of_the_data() -> None:
+    """One pass saves the gradient that is kept between passes."""
+    head = {"fan_in": 64}
+    for num_rows, accumulation, joined in ((10**6, 32, True), (10**6, 128, False), (500, 8, False)):
+        train = {"batch_size": 64, "accumulation": accumulation}
+        workload = workload_of(300_000, num_rows=num_rows)
+        found = peak_changes(config_of(head=head, train=train), workload)
+        assert ("train.accumulation=1" in found) == joined, (num_rows, accumulation, found)
+
+
+def test_a_batch_far_too_large_is_cut_at_once() -> None:
+    """Passes beyond 4096 rows, or beyond the data, are not halved one by one."""
+    for num_rows, expected in ((10**6, 4096), (500, 256)):
+        config = config_of(encoder={"dim": 512}, train={"batch_size": 2**16})
+        first = peak_changes(config, workload_of(num_rows=num_rows))[:2]
+        assert first == [f"train.batch_size={expected}", f"train.accumulation={2**16 // expected}"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_float8_moments_are_proposed_where_they_keep_the_kernels(kind: str) -> None:
+    """Before sgd, which saves more and changes the training; on a CPU for dense heads only."""
+    optimizer, workload = {"kind": kind}, workload_of(10**6)
+    float8, sgd = "classifier_optimizer.moments=float8", "classifier_optimizer.kind=sgd"
+    sparse = config_of(head={"fan_in": 64}, classifier_optimizer=optimizer)
+    on_gpu = peak_changes(sparse, workload, device="cuda")
+    assert on_gpu.index(float8) < on_gpu.index(sgd)
+    on_cpu = peak_changes(sparse, workload)
+    assert sgd in on_cpu and float8 not in on_cpu
+    dense = config_of(head={"kind": "dense"}, classifier_optimizer=optimizer)
+    on_cpu = peak_changes(dense, workload)
+    assert on_cpu.index(float8) < on_cpu.index(sgd)
+
+
+def test_sgd_is_proposed_in_place_of_float8_moments_too() -> None:
+    optimizer = {"kind": "adamw", "moments": "float8"}
+    config = config_of(head={"fan_in": 64}, classifier_optimizer=optimizer)
+    found = peak_changes(config, workload_of(10**6), device="cuda")
+    at = found.index("classifier_optimizer.kind=sgd")
+    assert found[at - 1] == "classifier_optimizer.moments=float32"
 
 
 def text_of(plan: Any) -> str:

@@ -14,6 +14,7 @@ from xmc.config import Config
 from xmc.training.memory_model import Sizes, make_sizes, on_device, total, training_phases
 
 _MIN_FAN_IN = 16  # below, published accuracies fall off
+_MAX_BATCH = 4096  # rows of a pass; larger ones are for the user to ask for
 _WORTH = 0.03  # share of the peak that a change must save to be proposed before costlier ones
 
 
@@ -62,27 +63,37 @@ def _candidates(sizes: Sizes) -> Iterator[tuple[dict[str, Any], str]]:
     train, head, encoder = config.train, config.head, config.encoder
     if encoder.kind == "transformer" and not encoder.checkpointing:
         yield {"encoder.checkpointing": True}, "the same result, a third more time in the encoder"
-    if train.batch_size > 1 and not train.max_tokens:
-        halved = {
-            "train.batch_size": train.batch_size // 2,
-            "train.accumulation": train.accumulation * 2,
+    most = min(_MAX_BATCH, sizes.workload.num_rows)
+    if train.batch_size % 2 == 0 and not train.max_tokens:
+        parts = 2
+        while train.batch_size // parts > most and train.batch_size % (2 * parts) == 0:
+            parts *= 2
+        smaller = {
+            "train.batch_size": train.batch_size // parts,
+            "train.accumulation": train.accumulation * parts,
         }
-        if train.batch_size % 2 == 0:
-            yield halved, "the same step in smaller passes"
+        yield smaller, "the same step in smaller passes"
     if train.eval_batch_size > 32:
         yield {"train.eval_batch_size": train.eval_batch_size // 2}, "the same result"
-    if train.accumulation > 1 and not train.max_tokens:
-        whole = {
-            "train.batch_size": train.batch_size * train.accumulation,
-            "train.accumulation": 1,
-        }
+    rows_per_step = train.batch_size * train.accumulation
+    if train.accumulation > 1 and rows_per_step <= most and not train.max_tokens:
+        whole = {"train.batch_size": rows_per_step, "train.accumulation": 1}
         yield whole, "the same step in one pass, without a gradient of the classifier"
     if encoder.kind == "transformer" and encoder.autocast == "none":
         yield {"encoder.autocast": "bfloat16"}, "half of the activations"
     if head.weight_dtype == "float32":
         yield {"head.weight_dtype": "bfloat16"}, "rounded stochastically, no float32 copy"
-    if config.classifier_optimizer.kind != "sgd":
-        yield {"classifier_optimizer.kind": "sgd"}, "no moments; wants another learning rate"
+    rule = config.classifier_optimizer
+    # On the CPU a step would leave the compiled kernels, which takes many times as long.
+    keeps_kernels = sizes.cuda or not sizes.classifier.fused
+    if rule.kind in ("adamw", "momentum") and rule.moments == "float32" and keeps_kernels:
+        why = "a byte a moment and the same learning rate; experimental"
+        yield {"classifier_optimizer.moments": "float8"}, why
+    if rule.kind != "sgd":
+        plain = {"classifier_optimizer.kind": "sgd"}
+        if rule.moments != "float32":  # which sgd would refuse
+            plain = {"classifier_optimizer.moments": "float32", **plain}
+        yield plain, "no moments; wants another learning rate"
     if head.kind == "dense" and config.head.fan_in <= sizes.encoder.head_features // 2:
         yield {"head.kind": "sparse"}, f"each label reads {head.fan_in} features"
     if head.kind == "sparse" and head.group_size == 1:
@@ -96,8 +107,9 @@ def _candidates(sizes: Sizes) -> Iterator[tuple[dict[str, Any], str]]:
 def find_room(sizes: Sizes, memory: int) -> dict[str, int]:
     """The largest doublings of the batch of a pass and of the fan-in that still fit."""
     found = {}
+    passes = sizes.config.train.accumulation
     for key, most in (
-        ("train.batch_size", sizes.workload.num_rows),
+        ("train.batch_size", min(_MAX_BATCH, sizes.workload.num_rows // passes)),
         ("head.fan_in", sizes.encoder.head_features // 2),
     ):
         section, name = key.split(".")
