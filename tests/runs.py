@@ -18,8 +18,8 @@ from torch import Tensor
 from xmc.config import Config
 from xmc.heads.classifier import ClassifierHead
 from xmc.training.log import read_log
+from xmc.training.loop import Interrupted
 from xmc.training.run import train as train_into
-from xmc.training.trainer import Interrupted
 
 TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")  # of events: no two runs agree
 STEP = (ClassifierHead, "loss_and_grad")  # called in every pass of every head

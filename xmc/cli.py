@@ -81,8 +81,8 @@ def train(
     Ctrl-C writes a checkpoint first; the same command with --resume goes on from it, and ends with
     the same result as a run that was never interrupted.
     """
+    from xmc.training.loop import Interrupted
     from xmc.training.run import train as run_training
-    from xmc.training.trainer import Interrupted
 
     try:
         run_training(
@@ -223,7 +223,7 @@ def compare(
     from xmc.comparison.compare import PLOT, REPORT
     from xmc.comparison.compare import compare as run_comparison
     from xmc.comparison.report import render
-    from xmc.training.trainer import Interrupted
+    from xmc.training.loop import Interrupted
 
     folder = out or Path("runs") / f"compare-{Path(recipe).stem}-{data.name}"
     own = [f"dense:{setting}" for setting in dense_settings or []]

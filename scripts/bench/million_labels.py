@@ -41,6 +41,7 @@ def main() -> None:
     from xmc.model import XMCModel
     from xmc.nn.encoder import BagEncoder
     from xmc.training.log import read_log
+    from xmc.training.loop import TrainingLoop
     from xmc.training.trainer import Trainer
 
     config = from_dict(
@@ -65,7 +66,8 @@ def main() -> None:
         model = XMCModel(config, Vocabulary.__new__(Vocabulary), [], encoder, head)
         train_set = make_synthetic(BATCH * STEPS, options.labels, VOCABULARY, seed=1)
         validation_set = make_synthetic(512, options.labels, VOCABULARY, seed=2)
-        Trainer(model, config, train_set, validation_set, run).fit()
+        trainer = Trainer(model, config, train_set, validation_set)
+        TrainingLoop(trainer, config.train, run).fit()
         log = read_log(run / "log.jsonl")
     steps = [event for event in log if event["event"] == "step"]
     layer = model.head.layer

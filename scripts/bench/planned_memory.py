@@ -42,6 +42,7 @@ def main() -> None:
     from xmc.heads.order import is_arranged
     from xmc.model import XMCModel
     from xmc.nn.encoder import BagEncoder
+    from xmc.training.loop import TrainingLoop
     from xmc.training.planner import Workload, make_plan
     from xmc.training.trainer import Trainer
 
@@ -60,7 +61,8 @@ def main() -> None:
         (run / "model").mkdir(parents=True)
         # Neither texts nor label strings take part: ids go in, ids come out.
         model = XMCModel(config, Vocabulary.__new__(Vocabulary), [], encoder, head)
-        Trainer(model, config, train_set, validation_set, run, show_progress=False).fit()
+        trainer = Trainer(model, config, train_set, validation_set)
+        TrainingLoop(trainer, config.train, run, show_progress=False).fit()
     measured = peak_memory_bytes() - before
     workload = Workload(
         num_labels=options.labels,

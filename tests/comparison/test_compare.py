@@ -28,8 +28,8 @@ from xmc.comparison.runs import ComparisonError, Run, is_finished, train_apart, 
 from xmc.config import ConfigError
 from xmc.runs import RunError
 from xmc.training.log import read_log
+from xmc.training.loop import Interrupted
 from xmc.training.run import train
-from xmc.training.trainer import Interrupted
 
 SMALL = [
     "features.min_df=1",

@@ -28,6 +28,7 @@ from xmc.training.auxiliary import (
     make_auxiliary,
 )
 from xmc.training.clusters import find_clusters
+from xmc.training.loop import TrainingLoop
 from xmc.training.run import prepare_data
 from xmc.training.trainer import Trainer
 from xmc.types import SparseLabels
@@ -94,14 +95,14 @@ def test_the_cutoff_frees_the_head(
         heads.append(weakref.ref(head))
         return head
 
-    original = Trainer._end_epoch
+    original = Trainer.validate
 
-    def end_epoch(self: Trainer, *args: Any) -> None:
+    def validate(self: Trainer) -> dict[str, float] | None:
         alive.append(heads[0]() is not None)
-        original(self, *args)
+        return original(self)
 
     monkeypatch.setattr("xmc.training.run.make_auxiliary", make)
-    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch)
+    monkeypatch.setattr(Trainer, "validate", validate)
     runs.train(config(), tiny_data, tmp_path)
     assert alive == [True, False, False]
 
@@ -228,8 +229,8 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
             optimizer.zero_grad()
 
     (tmp_path / "run" / "model").mkdir(parents=True)
-    trainer = Trainer(model, options, train_set, None, tmp_path / "run", auxiliary=head)
-    trainer.fit()
+    trainer = Trainer(model, options, train_set, None, auxiliary=head)
+    TrainingLoop(trainer, options.train, tmp_path / "run").fit()
     assert trainer.auxiliary is None
     mine = (
         model.encoder.table.weight,  # type: ignore[union-attr]

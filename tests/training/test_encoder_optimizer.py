@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def config(**sections: dict[str, Any]) -> Config:
     return from_dict(values, source="test")
 
 
-def make_trainer(options: Config, folder: Path, **encoder: Any) -> Trainer:
+def make_trainer(options: Config, **encoder: Any) -> Trainer:
     """A tiny transformer without dropout over twelve random rows of 1 to 9 tokens."""
     torch.manual_seed(3)
     shape = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -60,7 +59,7 @@ def make_trainer(options: Config, folder: Path, **encoder: Any) -> Trainer:
     store = TokenStore(nn.functional.pad(counts.cumsum(0), (1, 0)), ids, Padding(0, 4, 10))
     head = ClassifierHead.from_config(D, L, options.head, options.classifier_optimizer)
     model = XMCModel(options, None, [], TransformerEncoder(bert, **encoder), head)  # type: ignore[arg-type]
-    return Trainer(model, options, Dataset(store, labels), None, folder, show_progress=False)
+    return Trainer(model, options, Dataset(store, labels), None)
 
 
 def gradients_of_a_step(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
@@ -115,10 +114,8 @@ CUTS = [
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
 @pytest.mark.parametrize("train", CUTS)
-def test_a_step_is_the_same_however_it_is_cut(
-    tmp_path: Path, train: dict[str, Any], clip_norm: float
-) -> None:
-    trainer = make_trainer(config(train={**train, "clip_norm": clip_norm}), tmp_path)
+def test_a_step_is_the_same_however_it_is_cut(train: dict[str, Any], clip_norm: float) -> None:
+    trainer = make_trainer(config(train={**train, "clip_norm": clip_norm}))
     expected_loss, expected = truth(trainer)
     if clip_norm:
         norm = torch.stack([g.norm() for g in expected.values()]).norm()
@@ -133,10 +130,10 @@ def test_a_step_is_the_same_however_it_is_cut(
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-3, atol=atol)
 
 
-def test_clipping_sees_the_unscaled_gradient_of_the_whole_step(tmp_path: Path) -> None:
+def test_clipping_sees_the_unscaled_gradient_of_the_whole_step() -> None:
     train = {"batch_size": 4, "accumulation": 3, "clip_norm": 0.05}
     options = config(encoder={"autocast": "float16"}, train=train)
-    trainer = make_trainer(options, tmp_path, autocast="float16")
+    trainer = make_trainer(options, autocast="float16")
     _, expected = truth(trainer)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     _, found = gradients_of_a_step(trainer)
@@ -146,12 +143,12 @@ def test_clipping_sees_the_unscaled_gradient_of_the_whole_step(tmp_path: Path) -
     assert float(torch.stack([error.norm() for error in errors]).norm()) < 0.01 * 0.05
 
 
-def test_small_gradients_survive_float16_by_the_scale(tmp_path: Path) -> None:
+def test_small_gradients_survive_float16_by_the_scale() -> None:
     """A loss of 1e-6 times the usual: without scale all of its gradient underflows."""
 
     def norms(scale: float) -> tuple[float, float, float]:
         options = config(encoder={"autocast": "float16"})
-        trainer = make_trainer(options, tmp_path, autocast="float16")
+        trainer = make_trainer(options, autocast="float16")
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         original = trainer.model.head.loss_and_grad
 
@@ -172,22 +169,22 @@ def test_small_gradients_survive_float16_by_the_scale(tmp_path: Path) -> None:
     assert difference < 0.01 * expected
 
 
-def test_without_float16_there_is_no_scale(tmp_path: Path) -> None:
-    trainer = make_trainer(config(encoder={"autocast": "bfloat16"}), tmp_path, autocast="bfloat16")
+def test_without_float16_there_is_no_scale() -> None:
+    trainer = make_trainer(config(encoder={"autocast": "bfloat16"}), autocast="bfloat16")
     assert not trainer.scaler.is_enabled()
     assert trainer.scaler.state_dict() == {}
 
 
-def overflowing(tmp_path: Path, scale: float) -> Trainer:
+def overflowing(scale: float) -> Trainer:
     options = config(encoder={"autocast": "float16"}, train={"clip_norm": 1.0})
-    trainer = make_trainer(options, tmp_path, autocast="float16")
+    trainer = make_trainer(options, autocast="float16")
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer.model.train()
     return trainer
 
 
-def test_an_overflow_skips_the_encoder_and_not_the_head(tmp_path: Path) -> None:
-    trainer = overflowing(tmp_path, 2.0**40)
+def test_an_overflow_skips_the_encoder_and_not_the_head() -> None:
+    trainer = overflowing(2.0**40)
     encoder, head = trainer.model.encoder, trainer.model.head
     before = {name: p.clone() for name, p in encoder.state_dict().items()}
     weight = head.layer.weight.detach().clone()  # type: ignore[union-attr]
@@ -217,8 +214,8 @@ def test_an_overflow_skips_the_encoder_and_not_the_head(tmp_path: Path) -> None:
     assert steps == 1  # the bias correction counts the steps that were taken
 
 
-def test_overflow_without_a_scale_stops_with_advice(tmp_path: Path) -> None:
-    trainer = overflowing(tmp_path, 1.0)
+def test_overflow_without_a_scale_stops_with_advice() -> None:
+    trainer = overflowing(1.0)
     backward: Callable[..., Any] = trainer.scaler.scale
     trainer.scaler.scale = lambda d_reps: backward(d_reps) * 1e30  # type: ignore[method-assign, assignment]
     message = 'gradient overflows float16 without any scale at step 0: .*autocast = "bfloat16"'
@@ -226,8 +223,8 @@ def test_overflow_without_a_scale_stops_with_advice(tmp_path: Path) -> None:
         take_step(trainer)
 
 
-def test_activations_that_overflow_stop_with_advice(tmp_path: Path) -> None:
-    trainer = overflowing(tmp_path, 1.0)
+def test_activations_that_overflow_stop_with_advice() -> None:
+    trainer = overflowing(1.0)
     with torch.no_grad():
         trainer.model.encoder.model.encoder.layer[1].output.LayerNorm.weight.fill_(1e9)  # type: ignore[union-attr]
         trainer.model.encoder.model.encoder.layer[0].output.LayerNorm.weight.fill_(1e9)  # type: ignore[union-attr]
@@ -235,10 +232,10 @@ def test_activations_that_overflow_stop_with_advice(tmp_path: Path) -> None:
         take_step(trainer)
 
 
-def test_rates_fall_with_depth_and_only_matrices_decay(tmp_path: Path) -> None:
+def test_rates_fall_with_depth_and_only_matrices_decay() -> None:
     """One step against torch's AdamW, parameter by parameter."""
     options = config(encoder_optimizer={"lr": 0.01, "layer_decay": 0.5, "weight_decay": 0.1})
-    trainer = make_trainer(options, tmp_path)
+    trainer = make_trainer(options)
     encoder = trainer.model.encoder
     _, gradients = truth(trainer)
     depths = parameter_depths(encoder.model)  # type: ignore[arg-type, union-attr]
@@ -264,9 +261,9 @@ def test_rates_fall_with_depth_and_only_matrices_decay(tmp_path: Path) -> None:
     assert sorted(checked) == [0.0025, 0.005, 0.01]
 
 
-def test_groups_hold_every_parameter_once_and_the_first_the_full_rate(tmp_path: Path) -> None:
+def test_groups_hold_every_parameter_once_and_the_first_the_full_rate() -> None:
     options = config(encoder_optimizer={"layer_decay": 0.5})
-    body = make_trainer(config(), tmp_path).model.body
+    body = make_trainer(config()).model.body
     optimizer = make_encoder_optimizer(body, options)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -275,11 +272,11 @@ def test_groups_hold_every_parameter_once_and_the_first_the_full_rate(tmp_path: 
     assert len(make_encoder_optimizer(body, config()).param_groups) == 2
 
 
-def test_a_frozen_encoder_trains_the_head_alone(tmp_path: Path) -> None:
+def test_a_frozen_encoder_trains_the_head_alone() -> None:
     options = config(encoder={"freeze_layers": 2, "autocast": "float16"})
-    trainer = make_trainer(options, tmp_path)
+    trainer = make_trainer(options)
     trainer.model.encoder.requires_grad_(False)
-    trainer = Trainer(trainer.model, options, trainer.train_set, None, tmp_path)
+    trainer = Trainer(trainer.model, options, trainer.train_set, None)
     weight = trainer.model.head.layer.weight.detach().clone()  # type: ignore[union-attr]
     _, norm, parts = take_step(trainer, measure=True)
     assert (norm, parts) == (0.0, {})

@@ -16,6 +16,7 @@ from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model, save_model
 from xmc.training.auxiliary import make_auxiliary
 from xmc.training.clusters import find_clusters
+from xmc.training.loop import TrainingLoop
 from xmc.training.run import prepare_data
 from xmc.training.trainer import Trainer, backward, pulled_back
 
@@ -123,7 +124,8 @@ def test_training_equals_plain_torch(
             optimizer.zero_grad()
 
     (tmp_path / "run" / "model").mkdir(parents=True)
-    Trainer(model, options, train_set, None, tmp_path / "run", auxiliary=head).fit()
+    trainer = Trainer(model, options, train_set, None, auxiliary=head)
+    TrainingLoop(trainer, options.train, tmp_path / "run").fit()
     mine = [model.encoder.table.weight, linear.weight, linear.bias, model.head.layer.weight]  # type: ignore[union-attr]
     if head is not None:
         mine.append(head.classifier.layer.weight)

@@ -17,8 +17,9 @@ from xmc.data.batches import Dataset
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.training.encoder_optimizer import clip_gradient_
 from xmc.training.log import read_log
+from xmc.training.loop import TrainingError, TrainingLoop
 from xmc.training.run import prepare_data
-from xmc.training.trainer import Trainer, TrainingError
+from xmc.training.trainer import Trainer
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -122,7 +123,8 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
                 optimizer.zero_grad()
 
     (tmp_path / "run" / "model").mkdir(parents=True)
-    Trainer(model, options, train_set, validation_set, tmp_path / "run").fit()
+    trainer = Trainer(model, options, train_set, validation_set)
+    TrainingLoop(trainer, options.train, tmp_path / "run").fit()
     trained = model.encoder.table.weight.detach()  # type: ignore[union-attr]
     # Adam magnifies the rounding of a gradient near zero, so that single numbers may differ.
     for mine, start, truth in (

@@ -16,7 +16,7 @@ from xmc.comparison.heads import Variant
 from xmc.config import Config, from_dict, to_dict
 from xmc.runs import RunError, read_run
 from xmc.training.log import read_log
-from xmc.training.trainer import Interrupted
+from xmc.training.loop import Interrupted
 
 _TRAIN = "from xmc.cli import main; main()"
 

@@ -26,6 +26,7 @@ from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
 from xmc.training.auxiliary import make_auxiliary
 from xmc.training.clusters import CLUSTERS_FILE, find_clusters, load_clusters
+from xmc.training.loop import TrainingLoop
 from xmc.training.trainer import Trainer
 
 _PACKAGES = ("xmc-toolkit", "torch", "numpy", "numba", "transformers")
@@ -99,12 +100,10 @@ def train(
         config,
         rows,
         validation_set,
-        out,
         # Held by the trainer alone, which drops it at the cut-off.
         auxiliary=make_auxiliary(config, clusters, train_set, model.encoder.out_features, device),
-        show_progress=show_progress,
     )
-    trainer.fit(resume=resume)
+    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
     del trainer, model  # with their moments, before the best epoch is loaded
     return load_model(out / "model")
 

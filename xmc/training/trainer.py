@@ -1,16 +1,11 @@
-"""The training loop: encoder by autograd, head by its fused step, both from one loss."""
+"""Training of a classifier: encoder by autograd, head by its fused step, both from one loss."""
 
 from __future__ import annotations
 
 import functools
 import math
 import operator
-import signal
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,44 +17,26 @@ from xmc.data.steps import epoch_steps
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.head import Head, HeadResult
-from xmc.memory import peak_memory_bytes
-from xmc.model import XMCModel, save_weights
+from xmc.model import XMCModel
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire_schedule import is_due, rewire_progress
 from xmc.nn.slot_age import SlotAges
 from xmc.training.auxiliary import PartMeter, auxiliary_share
-from xmc.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_into,
-    save_checkpoint,
-)
+from xmc.training.checkpoint import load_into
 from xmc.training.encoder_optimizer import (
     clip_gradient_,
     make_encoder_optimizer,
     make_scaler,
 )
 from xmc.training.log import RunLog
-from xmc.training.progress import TrainingProgress
+from xmc.training.loop import StepReport, TrainingError
 from xmc.training.schedule import lr_factor
-
-_LOG_EVERY = 20  # optimizer steps per log line
-
-
-class Interrupted(Exception):  # noqa: N818 - a request of the user, not an error
-    """Training stopped on a signal, after writing a checkpoint."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
 
 
 class Trainer:
-    """Trains `model` on `train_set`, keeps the best epoch in `run/model`.
+    """Trains `model` on `train_set`; `xmc.training.loop.TrainingLoop` runs it.
 
-    Owns the encoder's optimizer, the position in the data and the run's files. Everything that
-    decides the result is in the checkpoint, so an interrupted and resumed run ends with the same
-    bits as an uninterrupted one (same machine, same number of threads).
+    Owns the encoder's optimizer and the position in the data.
     """
 
     def __init__(
@@ -68,17 +45,14 @@ class Trainer:
         config: Config,
         train_set: Dataset,
         validation_set: Dataset | None,
-        run: Path,
         *,
         auxiliary: AuxiliaryHead | None = None,
-        show_progress: bool = True,
     ) -> None:
         self.model = model
         self.auxiliary = auxiliary  # None from its cut-off on
         self.config = config
         self.train_set = train_set
         self.validation_set = validation_set
-        self.run = run
         self.device = next(model.encoder.parameters()).device
         self.optimizer = make_encoder_optimizer(model.body, config)
         self.scaler = make_scaler(config, self.optimizer, self.device)
@@ -92,70 +66,31 @@ class Trainer:
         self.step = 0  # optimizer steps taken
         self.ages = make_slot_ages(model.head.layer, config)
         self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
-        self.best: dict[str, float] = {}
-        self.bad_epochs = 0
-        self.stopped_early = False
-        self.seconds = 0.0  # spent training, earlier sessions of the run included
-        self._show_progress = show_progress
-        self._signalled: signal.Signals | None = None
 
-    def fit(self, *, resume: bool = False) -> None:
-        """Train to the end. Raises Interrupted, after a checkpoint, on SIGINT or SIGTERM."""
-        log_bytes = self._restore() if resume else 0
-        log = RunLog(self.run / "log.jsonl", log_bytes)
-        try:
-            with (
-                TrainingProgress(self.total_steps, self.step, self._show_progress) as progress,
-                self._signals(),
-            ):
-                while self.step < self.total_steps and not self.stopped_early:
-                    self._epoch(log, progress)
-            log.write("end", step=self.step, seconds=round(self.seconds, 3), **self.best)
-        finally:
-            log.close()
+    def steps(self, epoch: int, start: int) -> Iterator[list[Tensor]]:
+        """The micro-batches, row ids [R], of each step of an epoch."""
+        return epoch_steps(self.train_set, self.config.train, epoch, start=start)
 
-    def _epoch(self, log: RunLog, progress: TrainingProgress) -> None:
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        self.model.train()
-        for chunks in epoch_steps(self.train_set, self.config.train, epoch, start=done):
-            started = time.perf_counter()
-            num_rows = sum(map(len, chunks))
-            loss, grad_norm, parts = self._optimizer_step(
-                chunks, num_rows=num_rows, measure=self._logs(self.step + 1)
-            )
-            rewired = self._rewire(chunks)
-            seconds = time.perf_counter() - started
-            self.seconds += seconds
-            progress.step(loss, num_rows / seconds, peak_memory_bytes(self.device))
-            if rewired:
-                log.write("rewire", step=self.step, **rewired)
-            if self._logs(self.step):
-                log.write(
-                    "step",
-                    step=self.step,
-                    epoch=epoch,
-                    loss=loss,
-                    encoder_grad_norm=grad_norm,
-                    **parts,
-                    encoder_lr=self.optimizer.param_groups[0]["lr"],
-                    classifier_lr=self.model.head.lr,
-                    examples_per_second=round(num_rows / seconds, 1),
-                    peak_memory_bytes=peak_memory_bytes(self.device),
-                )
-            if self.auxiliary is not None and self.step >= self.auxiliary_steps:
-                self.auxiliary = None
-                log.write("auxiliary_end", step=self.step)
-            if self.step % self.steps_per_epoch == 0:
-                self._end_epoch(epoch, log, progress)
-                self._checkpoint(log)
-            elif self.step % self.config.train.checkpoint_every == 0:
-                self._checkpoint(log)
-            if self._signalled is not None and self.step < self.total_steps:
-                self._checkpoint(log)
-                raise Interrupted(f"stopped by {self._signalled.name} after step {self.step}")
+    def run_step(self, work: list[Tensor], log: RunLog, *, measure: bool) -> StepReport:
+        """An optimizer step and, if it is due, a rewiring."""
+        num_rows = sum(map(len, work))
+        loss, grad_norm, parts = self._optimizer_step(work, num_rows=num_rows, measure=measure)
+        rewired = self._rewire(work)
+        if rewired:
+            log.write("rewire", step=self.step, **rewired)
+        values = {
+            "encoder_grad_norm": grad_norm,
+            **parts,
+            "encoder_lr": self.optimizer.param_groups[0]["lr"],
+            "classifier_lr": self.model.head.lr,
+        }
+        return StepReport(loss, num_rows, values)
 
-    def _logs(self, step: int) -> bool:
-        return step % _LOG_EVERY == 0 or step == self.total_steps
+    def after_step(self, log: RunLog) -> None:
+        """Drop the auxiliary head at its cut-off."""
+        if self.auxiliary is not None and self.step >= self.auxiliary_steps:
+            self.auxiliary = None
+            log.write("auxiliary_end", step=self.step)
 
     def _optimizer_step(
         self, chunks: list[Tensor], *, num_rows: int, measure: bool
@@ -269,75 +204,38 @@ class Trainer:
         )
         return report.to_dict()
 
-    def _end_epoch(self, epoch: int, log: RunLog, progress: TrainingProgress) -> None:
-        """Validate, keep the weights if they are the best so far, decide on stopping."""
-        options = self.config.train
+    def validate(self) -> dict[str, float] | None:
+        """Scores on the validation rows; None where there are none."""
         if self.validation_set is None:
-            self.best = {"epoch": epoch + 1}
-            save_weights(self.model, self.run / "model")
-            return
-        started = time.perf_counter()
+            return None
         scores = evaluate(
             self.model.topk_of(max(_VALIDATION_KS)),
-            self.validation_set.batches(options.eval_batch_size),
+            self.validation_set.batches(self.config.train.eval_batch_size),
             MetricAccumulator(ks=_VALIDATION_KS),
         )
-        values = {name: scores.values[name] for name in _VALIDATION_METRICS}
-        log.write(
-            "validation",
-            step=self.step,
-            epoch=epoch + 1,
-            seconds=round(time.perf_counter() - started, 3),
-            **values,
-        )
-        progress.validation(epoch + 1, values)
-        if values[options.select_by] > self.best.get(options.select_by, -1.0):
-            self.best = {"epoch": epoch + 1, **values}
-            self.bad_epochs = 0
-            save_weights(self.model, self.run / "model")
-        else:
-            self.bad_epochs += 1
-            self.stopped_early = 0 < options.patience <= self.bad_epochs
+        return {name: scores.values[name] for name in _VALIDATION_METRICS}
 
-    def _checkpoint(self, log: RunLog) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, moments of the heads and ages of slots, for a checkpoint."""
         tensors = {f"model.{k}": v for k, v in self.model.weights().items()}
         tensors |= {f"head.{k}": v for k, v in self.model.head.training_state().items()}
         if self.ages is not None:
             tensors |= {f"rewire.{k}": v for k, v in self.ages.tensors().items()}
         if self.auxiliary is not None:
             tensors |= {f"auxiliary.{k}": v for k, v in self.auxiliary.training_state().items()}
-        optimizer = self.optimizer.state_dict()["state"]
-        counters: dict[str, dict[str, Any]] = {}
-        for slot, values in optimizer.items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{slot}.{name}"] = value
-                else:
-                    counters.setdefault(str(slot), {})[name] = value
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "optimizer": counters,
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        """Counters and the loss scale, for a checkpoint."""
+        return {
             "head_steps": self.model.head.steps,
             "scaler": self.scaler.state_dict(),  # empty where there is none
             "overflows": self.overflows,
             "auxiliary_steps": None if self.auxiliary is None else self.auxiliary.steps,
-            "best": self.best,
-            "bad_epochs": self.bad_epochs,
-            "stopped_early": self.stopped_early,
-            "seconds": self.seconds,
-            "log_bytes": log.sync(),
         }
-        save_checkpoint(self.run / "checkpoints", step=self.step, tensors=tensors, state=state)
 
-    @torch.no_grad()
-    def _restore(self) -> int:
-        """Load the newest checkpoint, if there is one; returns the log's length at that time."""
-        path = latest_checkpoint(self.run / "checkpoints")
-        if path is None:
-            return 0
-        tensors, state = load_checkpoint(path)
+    def restore_(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds; its optimizer is the loop's business."""
         load_into(self.model.weights(), tensors, "model.")
         load_into(self.model.head.training_state(), tensors, "head.")
         if self.auxiliary is not None and state["auxiliary_steps"] is None:
@@ -347,42 +245,10 @@ class Trainer:
             self.auxiliary.steps = state["auxiliary_steps"]
         if self.ages is not None:
             load_into(self.ages.tensors(), tensors, "rewire.")
-        slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, slot, field = name.split(".", 2)
-                slots.setdefault(int(slot), {})[field] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
             self.overflows = state["overflows"]
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.step = int(path.name.removeprefix("step-"))
         self.model.head.steps = state["head_steps"]
-        self.best = state["best"]
-        self.bad_epochs = state["bad_epochs"]
-        self.stopped_early = state["stopped_early"]
-        self.seconds = state["seconds"]
-        return int(state["log_bytes"])
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM; a second SIGINT stops at once without a checkpoint."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._signalled is not None:
-                raise KeyboardInterrupt
-            self._signalled = signal.Signals(number)
-
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 _VALIDATION_KS = (1, 3, 5)
