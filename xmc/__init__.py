@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xmc import losses
     from xmc.nn.fan_in import FixedFanIn, FixedFanInLinear
     from xmc.serving.evaluate import evaluate
     from xmc.serving.predictor import Predictor
     from xmc.training.run import train
 
-__all__ = ["FixedFanIn", "FixedFanInLinear", "Predictor", "evaluate", "train"]
+__all__ = ["FixedFanIn", "FixedFanInLinear", "Predictor", "evaluate", "losses", "train"]
 
 # Loaded at first use: `import xmc` stays quick and pulls in neither numba nor transformers.
 _HOME = {
@@ -24,6 +25,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("xmc.losses")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

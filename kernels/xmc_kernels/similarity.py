@@ -219,10 +219,8 @@ def _softmax_loss(
 
 
 @_softmax_loss.register_fake
-def _(
-    q, k, scale, indptr, indices, query_ids, key_ids, row_target, column_target, decoupled, *want
-):  # type: ignore[no-untyped-def]
-    return _room(q, k, *want)
+def _(q, k, scale, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _room(q, k, *rest[-2:])
 
 
 @torch.library.custom_op("xmc::similarity_sigmoid", mutates_args=())
@@ -245,8 +243,9 @@ def _sigmoid_loss(
 
 
 @_sigmoid_loss.register_fake
-def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, row_weight, *want):  # type: ignore[no-untyped-def]
-    return (*_room(q, k, *want), q.new_empty((), dtype=compute_dtype(q)))
+def _(q, k, scale, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    room = _room(q, k, *rest[-2:])
+    return *room, torch.empty_like(room[0])
 
 
 @torch.library.custom_op("xmc::similarity_recall", mutates_args=())
@@ -271,5 +270,5 @@ def _recall_loss(
 
 
 @_recall_loss.register_fake
-def _(q, k, indptr, indices, query_ids, key_ids, row_weight, ks, t1, t2, *want):  # type: ignore[no-untyped-def]
-    return _room(q, k, *want)[:3]
+def _(q, k, *rest) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _room(q, k, *rest[-2:])[:3]

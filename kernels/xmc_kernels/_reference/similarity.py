@@ -212,7 +212,7 @@ def recall_loss(
         positive[part] = (mine * theirs).sum(1)
 
     def ranked(t: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For some positives of the tile's rows: which, their rows, how likely each key is above."""
+        """For some positives of the tile's rows: which, their rows, what ranks above."""
         first, last = int(pairs.indptr[t.rows.start]), int(pairs.indptr[t.rows.stop])
         inside = torch.full((last - first,), -1, device=q.device)
         inside[t.entries - first] = t.at[1]
