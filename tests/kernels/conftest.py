@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ class Problem:
         indptr = self.indptr[start : stop + 1]
         indices = self.indices[int(indptr[0]) : int(indptr[-1])]
         return replace(self, x=self.x[start:stop], indptr=indptr - indptr[0], indices=indices)
+
+    def exact(self) -> Problem:
+        """In small whole numbers: scores are exact in any precision and tie often."""
+        x, weight, bias = self.x.round(), (2 * self.weight).round(), self.bias.round()
+        return replace(self, x=x, weight=weight, bias=bias)
+
+    def positives(self) -> list[list[int]]:
+        """The labels of each row."""
+        return [self.indices[a:b].tolist() for a, b in pairwise(self.indptr.tolist())]
 
     def copy(self) -> Problem:
         """With a layer of its own, to be trained."""

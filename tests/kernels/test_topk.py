@@ -23,30 +23,17 @@ SHAPES = [
 ]
 
 
-def exact(p, D):
-    """The problem in small whole numbers: scores are exact in any precision and tie often."""
-    round_ = {"x": p.x.round(), "weight": (2 * p.weight).round(), "bias": p.bias.round()}
-    return type(p)(**{**vars(p), **round_})
-
-
-def lists(p):
-    return [
-        p.indices[int(a) : int(b)].tolist()
-        for a, b in zip(p.indptr[:-1], p.indptr[1:], strict=True)
-    ]
-
-
 @pytest.mark.parametrize("excluding", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_a_full_sort_with_ties_to_the_lower_label(
     shape, excluding, problem, oracle, poisoned, two_threads
 ) -> None:
     *shape, k = shape
-    p = exact(problem(*shape), shape[1])
+    p = problem(*shape).exact()
     dense = oracle.dense_weight(p.weight, p.index, shape[1])
     scores = p.x.double() @ dense.T + p.bias
     # Row 0 has every label: excluded, nothing is left of it.
-    excluded = lists(p) if excluding else [[] for _ in p.x]
+    excluded = p.positives() if excluding else [[] for _ in p.x]
     want_scores, want_labels = oracle.topk(scores, k, excluded)
     exclude = (p.indptr, p.indices) if excluding else None
     for x, weight, index in (
@@ -62,7 +49,7 @@ def test_equals_a_full_sort_with_ties_to_the_lower_label(
 
 
 def test_many_labels_over_many_tiles(problem, oracle) -> None:
-    p = exact(problem(20, 2000, 3000, 3), 2000)
+    p = problem(20, 2000, 3000, 3).exact()
     scores = p.x.double() @ oracle.dense_weight(p.weight, p.index, 2000).T + p.bias
     _, want = oracle.topk(scores, 100, [[] for _ in p.x])
     assert fan_in_topk(*p.layer, 100)[1].tolist() == want
@@ -107,7 +94,7 @@ def test_a_filter_stays_in_its_row(sparse) -> None:
 
 
 def test_bfloat16_and_no_bias(problem, oracle) -> None:
-    p = exact(problem(10, 16, 300, 4), 16)
+    p = problem(10, 16, 300, 4).exact()
     scores = p.x.double() @ oracle.dense_weight(p.weight, p.index, 16).T
     _, want = oracle.topk(scores, 6, [[] for _ in p.x])
     assert fan_in_topk(p.x.bfloat16(), p.weight, p.index, None, 6)[1].tolist() == want

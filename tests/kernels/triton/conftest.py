@@ -6,6 +6,7 @@ The interpreter takes some milliseconds per program: shapes here stay small.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,27 @@ pytest.importorskip("triton", reason="needs triton")
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def naive_and_truth(oracle: ModuleType) -> Callable[..., list[tuple[Tensor, Tensor, Tensor]]]:
+    """`naive_and_truth(x, dense, bias, grad, index)`: (out, d_x, d_weight) of the dense layer.
+
+    In float32 and in float64, on the CPU; d_weight [L, F] at the index.
+    """
+
+    def compute(
+        x: Tensor, dense: Tensor, bias: Tensor, grad: Tensor, index: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            a, w, b = (t.detach().cpu().to(dtype).requires_grad_() for t in (x, dense, bias))
+            out = a @ w.T + b
+            d_x, d_dense = torch.autograd.grad(out, (a, w), grad.cpu().to(dtype))
+            results.append((out.detach(), d_x, oracle.at_index(d_dense, index.cpu())))
+        return results
+
+    return compute
 
 
 @pytest.fixture

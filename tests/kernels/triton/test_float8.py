@@ -97,19 +97,14 @@ def test_every_code_is_read_as_its_number(device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("form", "shape"), [c for c in CASES if c[0] != "densify"], ids=str)
 def test_layer_equals_the_dense_layer(
-    form, shape, dtype, make, oracle, close, device, poisoned
+    form, shape, dtype, make, oracle, naive_and_truth, close, device, poisoned
 ) -> None:
     from xmc_kernels._triton import fan_in
 
     p, index, layer = make(shape, dtype)
     grad = torch.randn(shape[0], shape[2]).to(dtype)
     dense = oracle.dense_weight(p.weight, index, shape[1])
-    results = []
-    for wide in (torch.float32, torch.float64):
-        a, w = (t.to(wide).requires_grad_() for t in (p.x, dense))
-        out = a @ w.T + p.bias.to(wide)
-        d_x, d_dense = torch.autograd.grad(out, (a, w), grad.to(wide))
-        results.append((out.detach(), d_x, oracle.at_index(d_dense, index)))
+    results = naive_and_truth(p.x, dense, p.bias, grad, index)
     x = p.x.to(device)
     out = fan_in.fan_in_linear(x, layer, by=form)
     grads = fan_in.fan_in_linear_backward(grad.to(device), x, layer, False, by=form)

@@ -60,7 +60,7 @@ def few_labels(monkeypatch):
     ids=str,
 )
 def test_layer_equals_the_dense_layer(
-    shape, dtype, form, patterned, oracle, close, device, poisoned
+    shape, dtype, form, patterned, oracle, naive_and_truth, close, device, poisoned
 ) -> None:
     from xmc_kernels._triton import fan_in
 
@@ -69,12 +69,7 @@ def test_layer_equals_the_dense_layer(
     p = p.to(dtype)
     grad = torch.randn(shape[0], shape[2]).to(dtype)
     dense = oracle.dense_weight(p.weight, index, shape[1])
-    results = []
-    for wide in (torch.float32, torch.float64):
-        a, w = (t.to(wide).requires_grad_() for t in (p.x, dense))
-        out = a @ w.T + p.bias.to(wide)
-        d_x, d_dense = torch.autograd.grad(out, (a, w), grad.to(wide))
-        results.append((out.detach(), d_x, oracle.at_index(d_dense, index)))
+    results = naive_and_truth(p.x, dense, p.bias, grad, index)
     layer = moved(Layer(p.weight, p.index, p.bias, shape[3]), device)
     x = p.x.to(device)
     out = fan_in.fan_in_linear(x, layer, by=by)

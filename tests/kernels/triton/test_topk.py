@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -22,16 +19,6 @@ SHAPES = [
     (3, 20, 64, 8, 16, 1),
     (2, 20, 68, 5, 17, 9),
 ]
-
-
-def exact(p):
-    """The problem in small whole numbers: scores are exact in any precision and tie often."""
-    return replace(p, x=p.x.round(), weight=(2 * p.weight).round(), bias=p.bias.round())
-
-
-def rows(p):
-    ends = p.indptr.tolist()
-    return [p.indices[a:b].tolist() for a, b in pairwise(ends)]
 
 
 @pytest.fixture
@@ -56,11 +43,11 @@ def test_equals_a_full_sort_with_ties_to_the_lower_label(
     shape, excluding, problem, oracle, run, poisoned
 ) -> None:
     *shape, k = shape
-    p = exact(problem(*shape))
+    p = problem(*shape).exact()
     dense = oracle.dense_weight(p.weight, p.index, shape[1])
     scores = p.x.double() @ dense.T + p.bias
     # Row 0 has every label: excluded, nothing is left of it.
-    want_scores, want = oracle.topk(scores, k, rows(p) if excluding else [[] for _ in p.x])
+    want_scores, want = oracle.topk(scores, k, p.positives() if excluding else [[] for _ in p.x])
     exclude = (p.indptr, p.indices) if excluding else None
     for x, weight, index, bias in (
         (p.x, p.weight, p.index, p.bias),
@@ -75,13 +62,13 @@ def test_equals_a_full_sort_with_ties_to_the_lower_label(
 def test_many_labels_over_segments_and_chunks(problem, oracle, run, monkeypatch) -> None:
     from xmc_kernels._triton import tiles, topk
 
-    p = exact(problem(3, 50, 700, 3))
+    p = problem(3, 50, 700, 3).exact()
     scores = p.x.double() @ oracle.dense_weight(p.weight, p.index, 50).T
     monkeypatch.setattr(tiles, "SCORE_BYTES", 4 * 3 * 320)
     monkeypatch.setattr(topk, "_SEGMENT", 64)
     monkeypatch.setattr(topk, "_LARGEST_K", 4)
     for k in (4, 50):  # in Triton, and by torch
-        _, want = oracle.topk(scores, k, rows(p))
+        _, want = oracle.topk(scores, k, p.positives())
         assert run(p.x, p.weight, p.index, None, k, (p.indptr, p.indices))[1].tolist() == want
 
 
@@ -107,7 +94,7 @@ def test_an_empty_batch_and_signed_zeros(run) -> None:
 @pytest.mark.parametrize("group", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_operation_on_a_gpu_equals_the_cpu(group, dtype, problem) -> None:
-    p = exact(problem(40, 300, 160_000, 20, group, density=0.001))
+    p = problem(40, 300, 160_000, 20, group, density=0.001).exact()
     exclude = (p.indptr, p.indices)
     results = []
     for device in ("cpu", "cuda"):
