@@ -117,6 +117,20 @@ def tensors(inputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(part, f"{name}.{key}" if name else key)
 
 
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with each of its tensors replaced, those inside of a `Bag` too."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    return _map(inputs, lambda part: map_tensors(part, function))
+
+
+def with_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with `function` of every tensor but parameters in the tensor's place."""
+    if isinstance(inputs, Tensor):
+        return inputs if isinstance(inputs, nn.Parameter) else function(inputs)
+    return _map(inputs, lambda part: with_tensors(part, function))
+
+
 class _Slices(Sequence[Any]):
     def __init__(self, ranges: list[tuple[int, int]], between: Callable[[int, int], Any]) -> None:
         self._ranges = ranges

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xmc.training.autocast import without_autocast
 from xmc.training.chunks import Chunk, call, cut, num_rows, tensors
 from xmc.training.gradient_sync import synchronizers
 from xmc.training.replay import Recorder, State
@@ -63,7 +65,7 @@ class Encoding:
     def forward(self, index: int, *, graph: bool) -> None:
         """Represent chunk `index`, in order; `graph` keeps the graph for `backward`."""
         with self.recorder.recorded() as state, torch.set_grad_enabled(graph):
-            rep = self._run(index)
+            rep = self.run(index)
         self._states[index] = state
         if graph:
             self._graphs[index] = rep
@@ -89,14 +91,19 @@ class Encoding:
         """Add the gradients of chunk `index`; inside the recorder's `preserved`."""
         rep = self._graphs.pop(index, None)
         if rep is None:
-            self.recorder.restore_(self._states[index])
             with torch.enable_grad():
-                rep = self._run(index)
+                rep = self.again(index)
         if rep.requires_grad:
             with without_autocast(self.devices):
                 torch.autograd.backward(rep, d_rep)
 
-    def _run(self, index: int) -> Tensor:
+    def again(self, index: int) -> Tensor:
+        """Chunk `index` as it was the first time; inside the recorder's `preserved`."""
+        self.recorder.restore_(self._states[index])
+        return self.run(index)
+
+    def run(self, index: int) -> Tensor:
+        """Representations [rows, ...] of chunk `index` from the present state, checked."""
         part = self._parts[index]
         before = [(name, tensor, _version(tensor)) for name, tensor in tensors(part)]
         rep = _get(call(self._encoder, part), self._rep, self.name)
@@ -125,20 +132,18 @@ def modules_of(encoder: Encoder) -> list[nn.Module]:
     if inspect.ismethod(encoder):
         return [encoder.__self__] if isinstance(encoder.__self__, nn.Module) else []
     if inspect.isfunction(encoder):
-        names = inspect.getclosurevars(encoder)
-        values = [*names.nonlocals.values(), *names.globals.values()]
-        return [value for value in values if isinstance(value, nn.Module)]
+        return [value for _, value in referred(encoder) if isinstance(value, nn.Module)]
     return []
 
 
-@contextmanager
-def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Backward passes run in the types that their forward pass chose."""
-    with ExitStack() as stack:
-        for kind in {"cpu", *(device.type for device in devices)}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def referred(function: FunctionType) -> list[tuple[str, Any]]:
+    """What a function knows by name from around it: enclosing functions, then its file."""
+    code, found = function.__code__, []
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            found.append((name, cell.cell_contents))
+    known = function.__globals__
+    return found + [(name, known[name]) for name in code.co_names if name in known]
 
 
 def _get(output: Any, getter: Getter, name: str) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from xmc.training.autocast import without_autocast
 from xmc.training.chunks import Chunk
-from xmc.training.encoding import Encoder, Encoding, Getter, without_autocast
+from xmc.training.encoding import Encoder, Encoding, Getter
 from xmc.training.gradient_sync import synchronized
 from xmc.training.kept_graphs import Job, forward
 
@@ -92,7 +93,7 @@ def cached_step(
     reps = [leaf for leaf, _ in made]
     with torch.enable_grad():
         result = loss(*reps, *loss_args, **(loss_kwargs or {}))
-        value = _loss_of(result)
+        value = loss_of(result)
         with without_autocast(rep.device for rep in reps):
             (value if scaler is None else scaler.scale(value)).backward()
     torch.clear_autocast_cache()
@@ -162,7 +163,7 @@ def _replay(
     torch.clear_autocast_cache()
 
 
-def _loss_of(result: Any) -> Tensor:
+def loss_of(result: Any) -> Tensor:
     value = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -39,10 +39,16 @@ class Recorder:
         ]
         self._is_first = True
 
+    def now(self) -> State:
+        """The present state; before the first forward pass with copies of all buffers."""
+        return State(
+            random_states(self._devices), {slot: _get(slot).clone() for slot in self._slots}
+        )
+
     @contextmanager
     def recorded(self) -> Iterator[State]:
         """Run one forward pass inside; the state given is complete when the context is left."""
-        state = State(random_states(self._devices), {s: _get(s).clone() for s in self._slots})
+        state = self.now()
         yield state
         if self._is_first:
             self._is_first = False
