@@ -31,6 +31,6 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All complete events of a log."""
-    lines = path.read_text("utf-8").splitlines()
+    """All complete events of a log, oldest first; a line that a crash cut off is none."""
+    *lines, _ = path.read_bytes().split(b"\n")
     return [json.loads(line) for line in lines]
