@@ -116,8 +116,8 @@ def encoder_pass(
     dense_gradient = 4 * (encoder.trained - encoder.table)
     if encoder.table:
         touched = min(encoder.table // encoder.out_features, round(rows * workload.row_entries))
-        size = dense_gradient + touched * encoder.out_features * 4 * (1 if passes == 1 else passes)
-        size += touched * encoder.out_features * 4 * passes if passes > 1 else 0
+        copies = 1 if passes == 1 else 2 * passes  # rows of each pass, and joined with the others
+        size = dense_gradient + 4 * encoder.out_features * touched * copies
         return [*reps, Component("encoder gradient", size, "rows of the table that a step touches")]
     activations = activation_bytes(encoder, config, rows, cuda=cuda)
     if not cuda:

@@ -1,4 +1,4 @@
-"""The progress bar of a training run; silent when standard error is no terminal."""
+"""Progress of a training: a bar if standard error is a terminal, a line an epoch in any case."""
 
 from __future__ import annotations
 

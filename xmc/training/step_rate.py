@@ -23,7 +23,6 @@ from xmc.types import Bag, SparseLabels
 
 _TARGET_SECONDS = 0.25  # of the piece that is timed
 _TABLE_ROWS = 50_000  # of a bag's table at most: a step costs the same with more
-_GROUPS = 64  # labels are tried in multiples of this many index rows
 
 
 @dataclass(frozen=True)
