@@ -16,6 +16,8 @@ One kernel for all three would send d_x to memory once per block of labels: at a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,12 @@ from xmc_kernels._triton.moments import (
 )
 from xmc_kernels._triton.positives import Positives, targets
 from xmc_kernels._triton.products import scatter_add
-from xmc_kernels._triton.tiles import block_tiles, deterministic_programs, gradient_labels
+from xmc_kernels._triton.tiles import (
+    BlockTiles,
+    block_tiles,
+    deterministic_programs,
+    gradient_labels,
+)
 from xmc_kernels._triton.update import apply, constants, keys
 from xmc_kernels.layer import Layer
 from xmc_kernels.update import ClassifierState, UpdateRule
@@ -53,14 +60,10 @@ from xmc_kernels.update import ClassifierState, UpdateRule
 
 @triton.jit
 def _dense_piece(
-    weight_ptr,
-    scale_ptr,
-    index_ptr,
+    layer,  # pointers of weights, of float8 weights' scales and of indices; fan-in, group
     label,
     mask_l,
     first_d,
-    fan_in,
-    group,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     N_KEEP: tl.constexpr,
@@ -68,6 +71,7 @@ def _dense_piece(
     DTYPE: tl.constexpr,
 ):
     """Weights of labels on inputs from first_d on, [BLOCK_L, BLOCK_D], zeros in between."""
+    weight_ptr, scale_ptr, index_ptr, fan_in, group = layer
     BLOCKS: tl.constexpr = BLOCK_D // M_BLOCK
     first = (first_d // M_BLOCK + tl.arange(0, BLOCKS)) * N_KEEP
     row = (label // group).to(tl.int64)[:, None]
@@ -139,6 +143,7 @@ def _blocks_fwd_kernel(
     LOSS: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
+    layer = (weight_ptr, scale_ptr, index_ptr, fan_in, group)
     num_tiles = width // BLOCK_B
     unit, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     column = unit * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -148,19 +153,7 @@ def _blocks_fwd_kernel(
     score = tl.zeros((BLOCK_L, BLOCK_B), tl.float32)
     for first_d in range(0, features, BLOCK_D):
         piece = _dense_piece(
-            weight_ptr,
-            scale_ptr,
-            index_ptr,
-            label,
-            mask_l,
-            first_d,
-            fan_in,
-            group,
-            BLOCK_L,
-            BLOCK_D,
-            N_KEEP,
-            M_BLOCK,
-            DOT_DTYPE,
+            layer, label, mask_l, first_d, BLOCK_L, BLOCK_D, N_KEEP, M_BLOCK, DOT_DTYPE
         )
         offs_d = first_d + tl.arange(0, BLOCK_D)
         x = _load_x(x_t_ptr, offs_d, offs_b, features, width, DOT_DTYPE)
@@ -219,6 +212,7 @@ def _blocks_input_kernel(
     M_BLOCK: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
 ):
+    layer = (weight_ptr, scale_ptr, index_ptr, fan_in, group)
     num_tiles = width // BLOCK_B
     pieces = (features + BLOCK_D - 1) // BLOCK_D
     offs_b = tl.program_id(0) % num_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -232,19 +226,7 @@ def _blocks_input_kernel(
         label = start + column
         mask_l = label < stop
         piece = _dense_piece(
-            weight_ptr,
-            scale_ptr,
-            index_ptr,
-            label,
-            mask_l,
-            first_d,
-            fan_in,
-            group,
-            BLOCK_L,
-            BLOCK_D,
-            N_KEEP,
-            M_BLOCK,
-            DOT_DTYPE,
+            layer, label, mask_l, first_d, BLOCK_L, BLOCK_D, N_KEEP, M_BLOCK, DOT_DTYPE
         )
         grad = _load_grad(grad_ptr, column, mask_l, offs_b, num_rows, stride_gb, DOT_DTYPE)
         d_x = tl.dot(tl.trans(piece), grad, d_x, input_precision=PRECISION)
@@ -344,13 +326,8 @@ def _blocks_weight_kernel(
                 None,
                 (m_ptr, v_ptr, kept_ptr),
                 narrow,
-                at,
-                at_room,
-                mask,
+                (at, at_room, mask, label[:, None], mask_l[:, None], slot[None, :]),
                 d_weight,
-                label[:, None],
-                mask_l[:, None],
-                slot[None, :],
                 key,
                 decay,
                 lr,
@@ -393,14 +370,7 @@ def forward_launch(
         "stride_ob": out.stride(0),
         "grad_scale": float(grad_scale),
     }
-    values = {
-        "BLOCK_L": tiles.block_l,
-        "BLOCK_D": tiles.block_d,
-        "BLOCK_B": tiles.block_b,
-        **dot_settings(x_t, layer.weight),
-        **pattern_constants(layer),
-        **objective.constants(),
-    }
+    values = {**_tile_constants(tiles, x_t, layer), **objective.constants()}
     grid = cdiv(stop - start, tiles.block_l) * (x_t.shape[1] // tiles.block_b)
     return Launch(_blocks_fwd_kernel, grid, arguments, values, tiles.num_warps)
 
@@ -428,14 +398,7 @@ def input_launch(
         "run": walk * tiles.block_l,
         "stride_gb": grad.stride(0),
     }
-    values = {
-        "BLOCK_L": tiles.block_l,
-        "BLOCK_D": tiles.block_d,
-        "BLOCK_B": tiles.block_b,
-        **dot_settings(x_t, layer.weight),
-        **pattern_constants(layer),
-        "DETERMINISTIC": deterministic,
-    }
+    values = {**_tile_constants(tiles, x_t, layer), "DETERMINISTIC": deterministic}
     grid = cdiv(units, walk) * cdiv(x_t.shape[0], tiles.block_d) * (x_t.shape[1] // tiles.block_b)
     return Launch(_blocks_input_kernel, grid, arguments, values, tiles.num_warps)
 
@@ -482,17 +445,8 @@ def weight_launch(
         "decay": float(rule.weight_decay),
         **(numbers or constants(rule, 0.0, 1)),
     }
-    pattern = pattern_constants(layer)
-    values = {
-        "BLOCK_L": tiles.block_l,
-        "BLOCK_D": tiles.block_d,
-        "BLOCK_B": tiles.block_b,
-        **dot_settings(x_t, layer.weight),
-        **pattern,
-        "N_ROOM": power_of_2(pattern["N_KEEP"]),
-        "RULE": rule.kind,
-        "UPDATE": update,
-    }
+    values = _tile_constants(tiles, x_t, layer)
+    values |= {"N_ROOM": power_of_2(values["N_KEEP"]), "RULE": rule.kind, "UPDATE": update}
     grid = cdiv(units, tiles.walk) * cdiv(x_t.shape[0], tiles.block_d)
     return Launch(_blocks_weight_kernel, grid, arguments, values, tiles.num_warps)
 
@@ -507,6 +461,17 @@ def _sizes(x_t: Tensor, layer: Layer, num_rows: int, start: int, stop: int) -> d
         "width": width,
         "fan_in": layer.fan_in,
         "group": layer.group,
+    }
+
+
+def _tile_constants(tiles: BlockTiles, x_t: Tensor, layer: Layer) -> dict[str, Any]:
+    """Those that all three kernels take."""
+    return {
+        "BLOCK_L": tiles.block_l,
+        "BLOCK_D": tiles.block_d,
+        "BLOCK_B": tiles.block_b,
+        **dot_settings(x_t, layer.weight),
+        **pattern_constants(layer),
     }
 
 

@@ -26,8 +26,9 @@ class Room(NamedTuple):
 
 
 @triton.jit
-def load_moment(ptr, scale_ptr, offs, mask, rows, mask_rows):
-    """Numbers of a moment; rows broadcast with offs."""
+def load_moment(ptr, scale_ptr, place):
+    """Numbers of a moment, at a place as `update.apply` has it."""
+    offs, _, mask, rows, mask_rows, _ = place
     value = tl.load(ptr + offs, mask=mask, other=0)
     if scale_ptr is not None:
         value = decode(value) * tl.load(scale_ptr + rows, mask=mask_rows, other=0.0)
@@ -40,16 +41,12 @@ def store_moment(
     ptr,
     scale_ptr,
     room_ptr,  # None, or float32 room for rows that this is a part of
-    offs,
-    offs_room,
-    mask,
-    rows,
-    mask_rows,
-    columns,
+    place,
     key,
     VANISH: tl.constexpr,
 ):
     """As it is where there is no scale."""
+    offs, offs_room, mask, rows, mask_rows, columns = place
     if scale_ptr is None:
         tl.store(ptr + offs, value, mask=mask)
     elif room_ptr is not None:

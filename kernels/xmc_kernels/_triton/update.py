@@ -30,13 +30,8 @@ def apply(
     scale_ptr,  # of float8 parameters, whose whole rows these must be; None for all others
     memory,  # pointers of m, v and accumulated gradient, each may be None
     narrow,  # of float8 moments: scales of m and v, room for m and v, their rounding keys
-    offs,
-    offs_room,
-    mask,
+    place,  # offsets, those in the moments' room, mask; rows, their mask; columns
     grad,  # float32
-    rows,
-    mask_rows,
-    columns,
     key,
     decay,
     lr,
@@ -45,12 +40,13 @@ def apply(
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
-    """Update param, whose memory is at offs, or add grad to what is kept.
+    """Update param, whose memory is at the offsets, or add grad to what is kept.
 
     A tile smaller than the program is held by several threads: the barrier keeps one of them from
     loading what another has already stored.
     """
     m_ptr, v_ptr, kept_ptr = memory
+    offs, _, mask, rows, mask_rows, columns = place
     momentum, beta1, one_minus_beta1, beta2, one_minus_beta2 = averages
     eps, mean_scale, root_scale = scales
     m_scale_ptr, v_scale_ptr, m_room_ptr, v_room_ptr, mean_key, root_key = narrow
@@ -59,64 +55,26 @@ def apply(
     if UPDATE:
         new = param.to(tl.float32)
         if RULE == "adamw":
-            m = load_moment(m_ptr, m_scale_ptr, offs, mask, rows, mask_rows)
-            v = load_moment(v_ptr, v_scale_ptr, offs, mask, rows, mask_rows)
+            m = load_moment(m_ptr, m_scale_ptr, place)
+            v = load_moment(v_ptr, v_scale_ptr, place)
             if v_scale_ptr is not None:
                 v = v * v
             tl.debug_barrier()
             m = beta1 * m + one_minus_beta1 * grad
             v = beta2 * v + one_minus_beta2 * (grad * grad)
-            store_moment(
-                m,
-                m_ptr,
-                m_scale_ptr,
-                m_room_ptr,
-                offs,
-                offs_room,
-                mask,
-                rows,
-                mask_rows,
-                columns,
-                mean_key,
-                True,
-            )
+            store_moment(m, m_ptr, m_scale_ptr, m_room_ptr, place, mean_key, True)
             root = tl.sqrt(v)
-            store_moment(
-                v if v_scale_ptr is None else root,
-                v_ptr,
-                v_scale_ptr,
-                v_room_ptr,
-                offs,
-                offs_room,
-                mask,
-                rows,
-                mask_rows,
-                columns,
-                root_key,
-                False,
-            )
+            second = v if v_scale_ptr is None else root
+            store_moment(second, v_ptr, v_scale_ptr, v_room_ptr, place, root_key, False)
             new = new * (1.0 - lr * decay)
             new -= lr * mean_scale * m / (root * root_scale + eps)
         else:
             grad += decay * new
             if RULE == "momentum":
-                m = load_moment(m_ptr, m_scale_ptr, offs, mask, rows, mask_rows)
+                m = load_moment(m_ptr, m_scale_ptr, place)
                 tl.debug_barrier()
                 grad += momentum * m
-                store_moment(
-                    grad,
-                    m_ptr,
-                    m_scale_ptr,
-                    m_room_ptr,
-                    offs,
-                    offs_room,
-                    mask,
-                    rows,
-                    mask_rows,
-                    columns,
-                    mean_key,
-                    True,
-                )
+                store_moment(grad, m_ptr, m_scale_ptr, m_room_ptr, place, mean_key, True)
             elif RULE == "adagrad":
                 v = tl.load(v_ptr + offs, mask=mask, other=0.0)
                 tl.debug_barrier()
