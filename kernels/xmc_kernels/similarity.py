@@ -7,6 +7,8 @@ differentiable functions of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -187,6 +189,15 @@ def _check_values(q: Tensor, k: Tensor, indptr: Tensor, indices: Tensor, **scala
         raise ValueError(f"expected sorted, distinct positives in each row, row {row} has not")
 
 
+def _on_cpu(q: Tensor) -> Any:
+    """The backend for tensors on the CPU: compiled sweeps for float32 and bfloat16."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return reference
+    from xmc_kernels._cpu import similarity as cpu
+
+    return cpu
+
+
 def _room(
     q: Tensor, k: Tensor, want_q: bool, want_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,6 +229,13 @@ def _softmax_loss(
     return reference.softmax_loss(q, k, scale, pairs, *options)
 
 
+@_softmax_loss.register_kernel("cpu")
+def _(q, k, scale, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
+    _check_values(q, k, indptr, indices, scale=scale)
+    pairs = Pairs(indptr, indices, query_ids, key_ids)
+    return _on_cpu(q).softmax_loss(q, k, scale, pairs, *options)
+
+
 @_softmax_loss.register_fake
 def _(q, k, scale, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return _room(q, k, *rest[-2:])
@@ -240,6 +258,13 @@ def _sigmoid_loss(
     _check_values(q, k, indptr, indices, scale=scale, bias=bias)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return reference.sigmoid_loss(q, k, scale, bias, pairs, row_weight, want_q, want_k)
+
+
+@_sigmoid_loss.register_kernel("cpu")
+def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
+    _check_values(q, k, indptr, indices, scale=scale, bias=bias)
+    pairs = Pairs(indptr, indices, query_ids, key_ids)
+    return _on_cpu(q).sigmoid_loss(q, k, scale, bias, pairs, *options)
 
 
 @_sigmoid_loss.register_fake

@@ -282,6 +282,21 @@ def hsum(typingctx, a):
     return types.float32(a), _codegen(sum_of)
 
 
+@intrinsic
+def hmax(typingctx, a):
+    """The largest of a vector's numbers."""
+
+    def codegen(context, builder, sig, args):
+        (vector,) = args
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            low, high = (slice_of(builder, vector, start, half) for start in (0, half))
+            vector = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(vector, I32(0))
+
+    return types.float32(a), codegen
+
+
 def interleaved(builder, a, b, block):
     """The halves of blocks of `2 * block` lanes added up: of a and b in turn."""
     low, high = [], []

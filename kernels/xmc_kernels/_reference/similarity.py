@@ -81,7 +81,8 @@ class Gradients:
         inputs, sums = (self.q, self.dq) if self.want_q else (self.k, self.dk)
         d_scale = torch.zeros((), dtype=torch.float64, device=self.q.device)
         for rows in blocks(len(sums), TILE):
-            d_scale += (inputs[rows].to(self.dtype) * sums[rows]).sum(dtype=torch.float64)
+            products = inputs[rows].to(self.dtype) * sums[rows]
+            d_scale += products.sum(1, dtype=torch.float64).sum()
         scale = self.scale.to(self.dtype)
         dq, dk = self.dq.mul_(scale).to(self.q.dtype), self.dk.mul_(scale).to(self.k.dtype)
         return dq, dk, d_scale.to(self.dtype)
