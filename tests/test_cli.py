@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from xmc.cli import main
 
 SMALL = [
     "train.epochs=2",
@@ -23,25 +19,6 @@ SMALL = [
     "encoder_optimizer.lr=0.03",
 ]
 Xmc = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def xmc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Xmc:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["xmc", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def settings(*values: str) -> list[str]:

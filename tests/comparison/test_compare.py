@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import xmc
-from xmc.cli import main
 from xmc.comparison.compare import compare
 from xmc.comparison.heads import make_variants
 from xmc.comparison.plot import mean_over_runs
@@ -311,32 +309,14 @@ def test_a_run_that_fails_is_named_with_its_reason(
 Xmc = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def xmc_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Xmc:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["xmc", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.usefixtures("_in_process")
-def test_the_command(xmc_command: Xmc, tiny_data: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_command(xmc: Xmc, tiny_data: Path, cache: Path, tmp_path: Path) -> None:
     common = ["compare", "quickstart", "--data", tiny_data, "--cache", cache, "--seeds", 1]
     common += ["--out", tmp_path / "out", "--fan-in", "4,8"]
     for setting in [*SMALL, "train.epochs=1"]:
         common += ["--set", setting]
     own = ["--dense-set", "classifier_optimizer.lr=0.002", "--head-set", "set:rewire.fraction=0.5"]
-    code, out, err = xmc_command(*common, "--heads", "dense,set", *own)
+    code, out, err = xmc(*common, "--heads", "dense,set", *own)
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == f"quickstart on {tiny_data.name}"
@@ -357,14 +337,14 @@ def test_the_command(xmc_command: Xmc, tiny_data: Path, cache: Path, tmp_path: P
         ("dense,sett", [], 'got "sett"'),
         ("dense", ["--fan-in", "4;8"], '--fan-in: expected numbers such as "32,64,128"'),
     ]:
-        code, _, err = xmc_command(*common, "--heads", heads, *extra)
+        code, _, err = xmc(*common, "--heads", heads, *extra)
         assert code == 2
         assert len(err.strip().splitlines()) == 1
         assert message in err
 
 
-def test_help_names_the_options(xmc_command: Xmc) -> None:
-    code, out, _ = xmc_command("compare", "--help")
+def test_help_names_the_options(xmc: Xmc) -> None:
+    code, out, _ = xmc("compare", "--help")
     assert code == 0
     for option in ("--heads", "--fan-in", "--seeds", "--dense-set", "--head-set", "--split"):
         assert option in out
