@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from xmc.training.encoding import Encoding
+from xmc.training.gradient_sync import synchronized
 
 Job = tuple[int, int]  # an encoder and one of its chunks
 
@@ -37,15 +38,16 @@ def forward(encodings: list[Encoding], jobs: list[Job], *, kept: int, keep_bytes
             with_graph = not with_graph
             # Weights that autocast has cast without a graph would take no gradient in one.
             torch.clear_autocast_cache()
-        if measured:
-            with budget.measure(encodings[which].tensors):
-                encodings[which].forward(index, graph=True)
-            if not budget.holds():
-                encodings[which].drop_graph(index)
-                continue
-        else:
-            encodings[which].forward(index, graph=with_graph)
-        if with_graph:
+        encoding = encodings[which]
+        with ExitStack() as stack:
+            if with_graph:
+                stack.enter_context(synchronized(encoding.wrappers, last=()))
+            if measured:
+                stack.enter_context(budget.measure(encoding.tensors))
+            encoding.forward(index, graph=with_graph)
+        if measured and not budget.holds():
+            encoding.drop_graph(index)
+        elif with_graph:
             graphs.append(job)
     torch.clear_autocast_cache()
     return graphs
@@ -73,7 +75,7 @@ class _Budget:
     limit: int
     used: int = 0
     newest: int = 0
-    largest: int = field(default=0)
+    largest: int = 0
 
     def has_room(self) -> bool:
         """Whether another chunk as large as the largest so far would fit."""
