@@ -36,8 +36,8 @@ def cached(
     does the same for a module.
 
     The differences to `cached_step`: no kept graphs; each call synchronises the gradients of a
-    wrapped module once, two calls twice; only `backward()` fills the parameters, and
-    `torch.autograd.grad` raises RuntimeError. Errors are those of `cached_step`.
+    wrapped module once, two calls twice; `backward()` fills the parameters, while
+    for `torch.autograd.grad` they are no part of the graph. Errors are those of `cached_step`.
     """
     modules = list(modules)
 
@@ -75,7 +75,6 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rep: Tensor) -> tuple[None, None]:
-        refuse_partial_backward("cached encoders")
         encoding: Encoding = ctx.encoding
         with encoding.recorder.preserved(), ctx.autocast.again():
             for index, d_chunk in enumerate(d_rep.split(ctx.rows)):
@@ -83,12 +82,3 @@ class _Replayed(torch.autograd.Function):
                 with synchronized(encoding.wrappers, encoding.wrappers if is_last else ()):
                     encoding.backward(index, d_chunk)
         return None, None
-
-
-def refuse_partial_backward(what: str) -> None:
-    """RuntimeError in a backward pass that is not to fill the parameters of a replayed module."""
-    if not torch.autograd._is_checkpoint_valid():
-        raise RuntimeError(
-            f"expected backward() without inputs= for {what}, whose parameters get their "
-            "gradients in a backward pass of their own, got torch.autograd.grad or inputs="
-        )

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xmc.training.autocast import Autocast, without_autocast
-from xmc.training.cached import refuse_partial_backward
 from xmc.training.chunks import num_rows, rows_between, tensors, with_tensors
 from xmc.training.encoding import modules_of
 from xmc.training.gradient_sync import synchronized, synchronizers
@@ -129,7 +128,11 @@ class _Pairs:
             parts.append(part)
         scores = self.distance(*parts)
         if not isinstance(scores, Tensor) or scores.shape != (a_stop - a, b_stop - b):
-            got = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores)
+            got = (
+                f"shape {list(scores.shape)}"
+                if isinstance(scores, Tensor)
+                else type(scores).__name__
+            )
             raise ValueError(
                 f"expected scores [{a_stop - a}, {b_stop - b}] of a tile of pairs, got {got}"
             )
@@ -156,7 +159,12 @@ class _PairScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_partial_backward("a distance of pairs")
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "expected backward() without inputs= for scores of pairs, because parameters of "
+                "their network get gradients in a backward pass of its own, got "
+                "torch.autograd.grad or inputs="
+            )
         pairs: _Pairs = ctx.pairs
         states: list[State] = ctx.states
         sources = [t for _, t in tensors((pairs.q, pairs.k)) if _wants(t)]

@@ -169,7 +169,7 @@ def _one_pass(encodings: list[Encoding], loss: Callable[..., Any]) -> float:
         with without_autocast(rep.device for rep in reps):
             value.backward()
     torch.clear_autocast_cache()
-    return float(value)
+    return float(value.detach())
 
 
 def _named(
