@@ -50,6 +50,10 @@ def fan_in_topk(
 
 
 def _on_cpu(x: Tensor, layer: Layer, *options: Any) -> tuple[Tensor, Tensor]:
+    if layer.index is None and x.dtype == layer.weight.dtype == torch.float32:
+        from xmc_kernels._cpu.dense_topk import dense_topk
+
+        return dense_topk(x, layer, *options)
     if not checks.compiled_on_cpu(x, layer):
         return reference.fan_in_topk(x, layer, *options)
     from xmc_kernels._cpu import topk as cpu

@@ -9,7 +9,7 @@ from xmc_kernels._reference.fan_in import compute_dtype, dense_tile, label_tiles
 from xmc_kernels.layer import Layer
 
 _LOW = 0xFFFFFFFF
-_NOTHING = torch.iinfo(torch.int64).min
+NOTHING = torch.iinfo(torch.int64).min
 
 
 def order_key(scores: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def from_key(key: Tensor) -> tuple[Tensor, Tensor]:
     """The score and label behind a key; -inf and -1 for "nothing"."""
     ordered = (key >> 32).int()
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    nothing = key == _NOTHING
+    nothing = key == NOTHING
     return scores.masked_fill(nothing, -torch.inf), (_LOW - (key & _LOW)).masked_fill(nothing, -1)
 
 
@@ -40,7 +40,7 @@ def fan_in_topk(
     """Scores and ids (label + label_offset), best first, ties to the lower label."""
     dtype = compute_dtype(x, layer.weight)
     wide = x.to(dtype)
-    best = torch.full((len(x), k), _NOTHING, dtype=torch.int64, device=x.device)
+    best = torch.full((len(x), k), NOTHING, dtype=torch.int64, device=x.device)
     if exclude is not None:
         excluded = exclude[1].long() - label_offset
         rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), exclude[0].diff())
@@ -51,7 +51,7 @@ def fan_in_topk(
         keys = order_key(scores.float(), torch.arange(start, stop, device=x.device))
         if exclude is not None:
             here = (excluded >= start) & (excluded < stop)
-            keys[rows[here], excluded[here] - start] = _NOTHING
+            keys[rows[here], excluded[here] - start] = NOTHING
         tile_best = keys.topk(min(k, stop - start), dim=1).values
         best = torch.cat([best, tile_best], 1).topk(k, dim=1).values
     scores, labels = from_key(best)
