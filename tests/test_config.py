@@ -17,6 +17,10 @@ from xmc.config import (
 )
 
 
+DUAL = "[train]\nobjective = 'contrastive'\n"
+TOKENS = "[features]\nkind = 'tokens'\n[encoder]\nkind = 'transformer'\nmodel = 'tiny'\n"
+
+
 @pytest.fixture
 def load(tmp_path):
     """Writes a recipe and loads it."""
@@ -91,7 +95,7 @@ def test_every_shipped_recipe_loads_by_name(name):
         (
             "[heads]\nfan_in = 3",
             "heads: unknown key (known: features, encoder, head, rewire, auxiliary, "
-            "encoder_optimizer, classifier_optimizer, train); did you mean head?",
+            "contrastive, negatives, encoder_optimizer, classifier_optimizer, train); did you mean head?",
         ),
         ("lr = 3", "lr: unknown key (known: features, "),
         ("head = 3", "head: input should be an object, got 3"),
@@ -139,6 +143,34 @@ def test_every_shipped_recipe_loads_by_name(name):
         (
             "[encoder_optimizer]\nkind = 'sgd'",
             'encoder_optimizer.kind: the encoder is trained by "adamw", got "sgd"',
+        ),
+        (
+            "[contrastive]\nchunk = 8",
+            'contrastive: these options need train.objective = "contrastive", got "classification"',
+        ),
+        ("[train]\nselect_by = 'R@10'", 'train.select_by: "R@10" needs train.objective = "contr'),
+        (
+            "[train]\nlabel_embeddings = 'run'",
+            "train.label_embeddings: expected labels to be clustered by them",
+        ),
+        (DUAL + "[head]\nfan_in = 32", "head.fan_in: a dual encoder has no classifier, got 32"),
+        (DUAL + "accumulation = 2", "train.accumulation: a dual encoder's batch is one step"),
+        (DUAL + "label_texts = true", "train.label_texts: a dual encoder reads label texts as"),
+        (
+            DUAL + "[contrastive]\ntemperature = 0.001",
+            "contrastive.temperature: expected at least min_temperature = 0.01, got 0.001",
+        ),
+        (
+            DUAL + "[negatives]\nper_document = 30",
+            "negatives: expected per_document of at most pool = 20, got 30",
+        ),
+        (
+            DUAL + "length_pool = 2\n" + TOKENS,
+            "train.length_pool: the documents of a batch are each other's negatives",
+        ),
+        (
+            DUAL + TOKENS + "autocast = 'float16'",
+            'encoder.autocast: a dual encoder takes "bfloat16" or "none"',
         ),
         ("[head\n", "not a TOML file: Expected ']' at the end of a table declaration (at line 1"),
         ("[head]\nfan_in = 1\nfan_in = 2", "not a TOML file: Cannot overwrite a value"),

@@ -76,7 +76,7 @@ def train(
     ] = False,
     cache: Cache = None,
 ) -> None:
-    """Train an encoder and its classifier; the best epoch is kept in OUT/model.
+    """Train an encoder and its classifier, or a dual encoder; the best epoch is kept in OUT/model.
 
     Ctrl-C writes a checkpoint first; the same command with --resume goes on from it, and ends with
     the same result as a run that was never interrupted.
@@ -106,7 +106,10 @@ def evaluate(
         typer.Option(help="Another data folder with the same labels (default: the run's own)."),
     ] = None,
     weights: Weights = None,
-    k: Annotated[str, typer.Option("-k", help="Ranks, separated by commas.")] = "1,3,5,10",
+    k: Annotated[
+        str | None,
+        typer.Option("-k", help="Ranks (default: 1,3,5,10, for a dual encoder 100 too)."),
+    ] = None,
     propensity: Annotated[
         str, typer.Option(help="Constants a and b: default, amazon or wikipedia.")
     ] = "default",
@@ -145,7 +148,7 @@ def evaluate(
             split,
             data=data,
             weights=_weights(weights),
-            ks=_numbers("-k", k, "1,3,5"),
+            ks=None if k is None else _numbers("-k", k, "1,3,5"),
             propensity=propensity,
             a=a,
             b=b,
@@ -171,7 +174,7 @@ def compare(
         str,
         typer.Option(
             help="Separated by commas: dense, bottleneck, static, set, rigl, grouped, "
-            "grouped-random, pattern."
+            "grouped-random, pattern; NAME=HEAD gives one another name, for --head-set."
         ),
     ] = "dense,bottleneck,static,set,rigl",
     fan_in: Annotated[
@@ -199,7 +202,8 @@ def compare(
         typer.Option(
             "--head-set",
             metavar="HEAD:SECTION.KEY=VALUE",
-            help="Override an option for one head (rigl) or one line (rigl-64); repeatable.",
+            help="Override an option for one head (rigl), its NAME, or one line (rigl-64); "
+            "repeatable.",
         ),
     ] = None,
     dense_settings: Annotated[
@@ -219,6 +223,8 @@ def compare(
     A bottleneck is a dense head behind a layer as narrow as makes it the size of the sparse one of
     the same fan-in. Learning rates matter: give each head its own by --head-set. Runs in OUT that
     are finished are not trained again, those that were stopped go on.
+
+    What one option does: --heads static,aux=static --head-set aux:auxiliary.kind=clusters
     """
     from xmc.comparison.compare import PLOT, REPORT
     from xmc.comparison.compare import compare as run_comparison
@@ -273,7 +279,7 @@ def predict(
 
     With --text, a table; from standard input, one JSON object a line: {"text": ..., "labels":
     [{"label": ..., "score": ...}]}. Scores are probabilities for bce and of several runs, margins
-    for squared_hinge.
+    for squared_hinge, cosines for a dual encoder.
     """
     from xmc.serving.predictor import Predictor
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import field
@@ -27,6 +28,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(ge=0, lt=1)]
+_MEMORY = re.compile(r"(auto|\d+(\.\d+)?\s*[kmgt]i?b)?", re.IGNORECASE)  # as `xmc plan --memory`
 
 
 class ConfigError(ValueError):
@@ -67,7 +69,9 @@ class EncoderConfig:
     dropout: OpenShare = 0.3
     """Dropout on the representation."""
     model: str = ""
-    """Folder or hub name of the transformer; a run or model of xmc lends its encoder."""
+    """Where the weights come from at the start: folder or hub name of a transformer, or a run or
+    model of xmc, which lends its encoder. A bag encoder starts from a run or model of xmc or, where
+    this is empty, at random; it takes over the vocabulary as well, so both recipes agree on it."""
     pooling: Literal["mean", "cls"] = "mean"
     """mean over real tokens, or the first token."""
     autocast: Literal["none", "bfloat16", "float16"] = "none"
@@ -209,6 +213,58 @@ class AuxiliaryConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ContrastiveConfig:
+    """A dual encoder (train.objective = "contrastive"): a document is to find its labels' texts.
+
+    The texts of a batch's documents and labels become vectors of length one; each document's own
+    labels are told from all others of the batch by a softmax over cosines.
+    """
+
+    encoders: Literal["tied", "separate"] = "tied"
+    """tied: documents and label texts share one encoder; separate: two that start alike."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    """Cosines are divided by it; its value at the start."""
+    temperature_lr: Rate = 1e-3
+    """Learning rate of the logarithm of the temperature, same schedule as the others; 0: fixed."""
+    min_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
+    """The temperature learned stays at this or above; the default is CLIP's."""
+    symmetric: bool = False
+    """The mean with the loss of the labels, each of which is to find its documents."""
+    decoupled: bool = False
+    """Leave a document's own labels out of the denominator of its softmax (arXiv 2110.06848)."""
+    chunk: NonNegative = 0
+    """Texts per encoder pass: the gradient of the whole batch is cached, so that the memory of
+    activations does not grow with train.batch_size, for one more forward pass. 0: all at once."""
+    search: Literal["exact", "ann"] = "exact"
+    """How the nearest labels are found, in mining and in prediction. exact: by tiles of labels;
+    ann: approximately, by faiss (xmc-toolkit[ann])."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class NegativesConfig:
+    """Hard negatives of a dual encoder: wrong labels that lie near a document."""
+
+    per_document: NonNegative = 0
+    """Mined labels that each document of a batch adds to the keys of all; 0: the labels of the
+    batch's other documents are the only negatives."""
+    every: Positive = 1
+    """Epochs between two minings."""
+    start: NonNegative = 1
+    """Epochs before the first mining: an encoder that has learned nothing finds nothing hard."""
+    pool: Positive = 20
+    """Nearest wrong labels that are kept of each document, of which per_document are drawn anew in
+    each epoch."""
+    skip: NonNegative = 0
+    """The nearest labels that are left out, because they may be right and only not marked so."""
+
+    def __post_init__(self) -> None:
+        if self.per_document > self.pool:
+            raise ValueError(
+                f"expected per_document of at most pool = {self.pool}, got {self.per_document}"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
     """One optimizer and its peak learning rate."""
 
@@ -243,6 +299,9 @@ class OptimizerConfig:
 class TrainConfig:
     """Steps, schedules and the validation split."""
 
+    objective: Literal["classification", "contrastive"] = "classification"
+    """classification: encoder and classifier; contrastive: a dual encoder of documents and label
+    texts, which has no classifier (sections contrastive and negatives)."""
     epochs: Positive = 10
     """Passes over the training rows."""
     batch_size: Positive = 128
@@ -252,6 +311,12 @@ class TrainConfig:
     max_tokens: NonNegative = 0
     """Tokens per encoder pass, padding included: a pass takes as many rows of the step as fit,
     however many passes that makes; the batch of a step stays. 0: batch_size rows a pass."""
+    micro_batch: NonNegative = 0
+    """Rows per encoder pass where that is less than batch_size, the last pass of a step ragged; the
+    batch of a step stays, and so does its gradient. 0: batch_size rows a pass."""
+    memory_limit: str = ""
+    """Memory of the training process, such as 2GB, or of the GPU (auto: what it has): encoder
+    passes get as many rows of the step as fit, by measurement. Empty: batch_size rows a pass."""
     length_pool: NonNegative = 0
     """Optimizer steps whose rows are sorted by length together, so that a transformer's batches
     need little padding; the steps of a pool are shuffled. 0: rows of a step are drawn at random."""
@@ -261,8 +326,8 @@ class TrainConfig:
     """Decay of both learning rates to 0 over the rest of training."""
     validation: OpenShare = 0.1
     """Share of the training rows held out for model selection where the data has no val split."""
-    select_by: Literal["P@1", "P@3", "P@5"] = "P@5"
-    """The validation metric that chooses the best epoch."""
+    select_by: Literal["P@1", "P@3", "P@5", "R@10", "R@100"] = "P@5"
+    """The validation metric that chooses the best epoch; R@10 and R@100 for a dual encoder only."""
     patience: NonNegative = 0
     """Stop after this many epochs without improvement; 0 trains all epochs."""
     clip_norm: Rate = 0.0
@@ -273,11 +338,24 @@ class TrainConfig:
     """Examples scored at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    label_embeddings: str = ""
+    """Run or model of a dual encoder of the same labels. Where labels are clustered (auxiliary.kind
+    and head.order), it is by its embeddings of their texts instead of by their training rows."""
     label_texts: bool = False
     """Train on the text of each label too, as a row of that label. Such rows count in no frequency,
     propensity or validation."""
     seed: NonNegative = 42
     """Decides weights, patterns, dropout, validation rows and the order of examples."""
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("micro_batch", "memory_limit", "max_tokens") if getattr(self, n)]
+        if len(given) > 1:
+            names = " and ".join(given)
+            raise ValueError(f"expected one of {names}: each says how large a pass is")
+        if not _MEMORY.fullmatch(self.memory_limit):
+            raise ValueError(
+                f'memory_limit: expected a size such as 2GB or 512MiB, got "{self.memory_limit}"'
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -289,6 +367,8 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     rewire: RewireConfig = field(default_factory=RewireConfig)
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
     encoder_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-3))
     classifier_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -323,7 +403,8 @@ class Config:
             name, width = "intermediate", self.encoder.intermediate
         elif self.encoder.kind == "transformer":
             width = self.head.fan_in  # its hidden size is not known here
-        if self.head.kind == "sparse" and self.head.fan_in > width:
+        contrastive = self.train.objective == "contrastive"
+        if self.head.kind == "sparse" and self.head.fan_in > width and not contrastive:
             raise ValueError(
                 f"head.fan_in: expected at most encoder.{name} = {width}, got {self.head.fan_in}"
             )
@@ -348,6 +429,68 @@ class Config:
                 'encoder_optimizer.moments: the encoder remembers in "float32", '
                 f'got "{self.encoder_optimizer.moments}"'
             )
+        if contrastive:
+            _check_contrastive(self)
+        else:
+            _check_classification(self)
+        clustered = self.auxiliary.kind != "none" or self.head.order == "cluster"
+        if self.train.label_embeddings and not clustered:
+            raise ValueError(
+                "train.label_embeddings: expected labels to be clustered by them "
+                "(auxiliary.kind or head.order), got neither"
+            )
+
+
+def _check_contrastive(config: Config) -> None:
+    """A dual encoder has no classifier: options of one would do nothing."""
+    default = Config()
+    for section in ("head", "rewire", "auxiliary", "classifier_optimizer"):
+        options, plain = getattr(config, section), getattr(default, section)
+        for key in (option.name for option in dataclasses.fields(options)):
+            if (value := getattr(options, key)) != getattr(plain, key):
+                raise ValueError(
+                    f"{section}.{key}: a dual encoder has no classifier, got {value!r}"
+                )
+    for key, value in {
+        "accumulation": 1,
+        "max_tokens": 0,
+        "micro_batch": 0,
+        "memory_limit": "",
+    }.items():
+        if (given := getattr(config.train, key)) != value:
+            raise ValueError(
+                f"train.{key}: a dual encoder's batch is one step (contrastive.chunk cuts it for "
+                f"the encoder), expected {value!r}, got {given!r}"
+            )
+    if config.train.length_pool:
+        raise ValueError(
+            "train.length_pool: the documents of a batch are each other's negatives and are drawn "
+            f"at random, expected 0, got {config.train.length_pool}"
+        )
+    if config.train.label_texts:
+        raise ValueError("train.label_texts: a dual encoder reads label texts as keys, got true")
+    if config.encoder.autocast == "float16":
+        raise ValueError('encoder.autocast: a dual encoder takes "bfloat16" or "none"')
+    least, start = config.contrastive.min_temperature, config.contrastive.temperature
+    if start < least:
+        raise ValueError(
+            f"contrastive.temperature: expected at least min_temperature = {least}, got {start}"
+        )
+
+
+def _check_classification(config: Config) -> None:
+    plain = {"contrastive": ContrastiveConfig(), "negatives": NegativesConfig()}
+    for section, options in plain.items():
+        if getattr(config, section) != options:
+            raise ValueError(
+                f'{section}: these options need train.objective = "contrastive", '
+                f'got "{config.train.objective}"'
+            )
+    if config.train.select_by in ("R@10", "R@100"):
+        raise ValueError(
+            f'train.select_by: "{config.train.select_by}" needs train.objective = "contrastive", '
+            f'got "{config.train.objective}"'
+        )
 
 
 _TRANSFORMER_ONLY = {"checkpointing": False, "compile": False, "freeze_layers": -1, "lora_rank": 0}

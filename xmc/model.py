@@ -7,6 +7,7 @@ and `weights.safetensors`. Only the last changes while a run goes on, and by one
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from collections.abc import Callable
@@ -25,10 +26,14 @@ from xmc.files import write_file, write_json
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.order import is_arranged
+from xmc.heads.retrieval import RetrievalHead
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
 from xmc.nn.lora import add_lora_, merged_weights
+from xmc.nn.tower import Tower
 from xmc.nn.transformer import TransformerEncoder
+from xmc.nn.warm_start import read_bag_encoder_
+from xmc.runs import check_same_labels
 from xmc.types import Bag, Batch, SparseLabels, Tokens, TopK
 
 _VERSION = 1
@@ -47,7 +52,7 @@ class XMCModel(nn.Module):
         features: Features,
         labels: list[str],
         encoder: BagEncoder | TransformerEncoder,
-        head: ClassifierHead | ArrangedHead,
+        head: ClassifierHead | ArrangedHead | RetrievalHead,
         intermediate: nn.Module | None = None,  # between encoder and head; None: nothing
     ) -> None:
         super().__init__()
@@ -79,12 +84,15 @@ class XMCModel(nn.Module):
         """Estimates of P(label | text) from scores, in the same order.
 
         "bce": sigmoid(s). "squared_hinge": sigmoid(2 s), because the margin that minimises it is
-        2 p - 1 (Zhang, Annals of Statistics 2004), of which this has value and slope at 0.
+        2 p - 1 (Zhang, Annals of Statistics 2004), of which this has value and slope at 0. A dual
+        encoder: the softmax of the cosines of these labels, by its temperature.
         """
+        if isinstance(self.head, RetrievalHead):
+            return self.head.probabilities(scores)
         return torch.sigmoid(scores if self.head.loss == "bce" else 2 * scores)
 
     def shown(self, scores: Tensor) -> Tensor:
-        """Scores as `Predictor` gives them: probabilities for "bce", margins otherwise."""
+        """Scores as `Predictor` gives them: probabilities for "bce", margins or cosines else."""
         return self.probabilities(scores) if self.head.loss == "bce" else scores
 
     def topk_of(self, k: int) -> Callable[[Batch], TopK]:
@@ -97,6 +105,20 @@ class XMCModel(nn.Module):
             return TopK(best.scores.cpu(), best.labels.cpu())
 
         return topk
+
+    @property
+    def classifier(self) -> ClassifierHead | ArrangedHead:
+        """The head, where it is a classifier; raises ValueError for a dual encoder."""
+        if isinstance(self.head, RetrievalHead):
+            raise ValueError("expected the model of a classifier, got a dual encoder's")
+        return self.head
+
+    @property
+    def retrieval(self) -> RetrievalHead:
+        """The head, where it holds label embeddings; raises ValueError for a classifier."""
+        if not isinstance(self.head, RetrievalHead):
+            raise ValueError("expected the model of a dual encoder, got a classifier's")
+        return self.head
 
     @property
     def body(self) -> nn.Module:
@@ -126,6 +148,10 @@ def build_model(
 
     Raises ValueError where the recipe wants what the caller has to bring and has not.
     """
+    if config.train.objective == "contrastive":
+        encoder = _build_encoder(config, features, config.encoder.model)
+        intermediate, _ = _build_intermediate(config, encoder.out_features)
+        return _retrieval_model(config, features, labels, encoder, intermediate)
     wanted = {
         "positive_weight": (config.head.positive_weight != "none", positive_weight),
         "order": (config.head.order != "none" or config.head.dense_share > 0, order),
@@ -182,20 +208,49 @@ def load_model(folder: Path) -> XMCModel:
         encoder = _build_encoder(config, features, str(folder / "encoder"), from_config=True)
     with torch.device("meta"):
         intermediate, width = _build_intermediate(config, encoder.out_features)
-        head = _build_head(config, width, len(labels))
-    model = XMCModel(config, features, labels, encoder, head, intermediate)
+        if config.train.objective == "contrastive":
+            model = _retrieval_model(config, features, labels, encoder, intermediate)
+        else:
+            head = _build_head(config, width, len(labels))
+            model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
+    tensors = _read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         model.load_state_dict(tensors, assign=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing") from None
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{path}: not the weights of this model: {reason}") from None
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(_not_weights(path, error)) from None
     model.folder = folder
     return model.eval()
+
+
+def read_label_embeddings(source: str | Path, labels: list[str]) -> Tensor:  # [L, D]
+    """The label embeddings in a dual encoder's run or model folder; zeros for labels without text.
+
+    Raises ModelError where there is none, RunError where its labels are not these.
+    """
+    folder = Path(source)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    record = _read_record(folder / "model.json")
+    if record["config"].train.objective != "contrastive":
+        raise ModelError(f"{folder}: expected the model of a dual encoder, got a classifier's")
+    own = _read_labels(folder / "labels.json.gz", record["num_labels"])
+    check_same_labels(own, labels, folder, "this data set")
+    return _read_tensors(folder / "weights.safetensors", ["head.embeddings"])["head.embeddings"]
+
+
+def _read_tensors(path: Path, wanted: list[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, or those of some names."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in wanted or handle.keys()}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing") from None
+    except SafetensorError as error:
+        raise ModelError(_not_weights(path, error)) from None
+
+
+def _not_weights(path: Path, error: Exception) -> str:
+    return f"{path}: not the weights of this model: {' '.join(str(error).split())}"
 
 
 def _build_encoder(
@@ -204,12 +259,15 @@ def _build_encoder(
     """A fresh encoder or, `from_config`, the shape of a saved one as prediction needs it."""
     options = config.encoder
     if options.kind == "bag":
-        return BagEncoder(features.num_features, options.dim, options.dropout)
+        encoder = BagEncoder(features.num_features, options.dim, options.dropout)
+        if source and not from_config:
+            read_bag_encoder_(encoder, source)
+        return encoder
     if from_config:
         return TransformerEncoder.from_config(
             source, pooling=options.pooling, dropout=options.dropout, autocast=options.autocast
         )
-    encoder = TransformerEncoder(
+    transformer = TransformerEncoder(
         source,
         pooling=options.pooling,
         dropout=options.dropout,
@@ -218,9 +276,9 @@ def _build_encoder(
         compile=options.compile,
     )
     if options.lora_rank:
-        add_lora_(encoder.model, rank=options.lora_rank, alpha=options.lora_alpha)
-    freeze_(encoder.model, options.freeze_layers)
-    return encoder
+        add_lora_(transformer.model, rank=options.lora_rank, alpha=options.lora_alpha)
+    freeze_(transformer.model, options.freeze_layers)
+    return transformer
 
 
 def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | None, int]:
@@ -231,6 +289,22 @@ def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | N
     activations = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
     linear = nn.Linear(in_features, options.intermediate)
     return nn.Sequential(linear, activations[options.activation]()), options.intermediate
+
+
+def _retrieval_model(
+    config: Config,
+    features: Features,
+    labels: list[str],
+    encoder: BagEncoder | TransformerEncoder,
+    intermediate: nn.Module | None,
+) -> XMCModel:
+    """A dual encoder; separate encoders start as copies of one another."""
+    label_tower = None
+    if config.contrastive.encoders == "separate":
+        label_tower = copy.deepcopy(Tower(encoder, intermediate or nn.Identity()))
+    dim = config.encoder.intermediate or encoder.out_features
+    head = RetrievalHead(len(labels), dim, config.contrastive, label_tower=label_tower)
+    return XMCModel(config, features, labels, encoder, head, intermediate)
 
 
 def _build_head(

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import scipy.sparse
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -239,6 +240,12 @@ class TopK:
         labels = torch.cat([self.labels, other.labels], 1)
         both, k = TopK(scores, labels).ranked(), self.scores.shape[1]
         return TopK(both.scores[:, :k], both.labels[:, :k])
+
+    def resized(self, k: int) -> TopK:
+        """Cut to k columns, or padded to k."""
+        missing = max(k - self.labels.shape[1], 0)
+        scores = F.pad(self.scores[:, :k], (0, missing), value=-torch.inf)
+        return TopK(scores, F.pad(self.labels[:, :k], (0, missing), value=-1))
 
     def ranked(self) -> TopK:
         """The same entries, best first, ties broken by the lower label id, padding last."""

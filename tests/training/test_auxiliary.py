@@ -162,7 +162,7 @@ def test_the_run_keeps_its_clusters(whole_run: Path, tiny_data: Path, tmp_path: 
     clusters = Clusters.load(whole_run / "clusters.safetensors")
     assert (clusters.num_labels, len(clusters)) == (30, 8)
     train_set = prepare_data(config(), tiny_data, tmp_path)[1]
-    again = find_clusters(config(), train_set)
+    again = find_clusters(config(), train_set, [])
     assert again is not None
     assert torch.equal(again.order, clusters.order)
 
@@ -178,7 +178,7 @@ def test_training_equals_plain_torch(tiny_data: Path, tmp_path: Path) -> None:
     )
     features, train_set, _ = prepare_data(options, tiny_data, tmp_path / "cache")
     model = build_model(options, features, [str(n) for n in range(30)])
-    clusters = find_clusters(options, train_set)
+    clusters = find_clusters(options, train_set, [])
     device = torch.device("cpu")
     head = make_auxiliary(options, clusters, train_set, 24, device)
     assert clusters is not None

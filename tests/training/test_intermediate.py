@@ -75,7 +75,7 @@ def test_training_equals_plain_torch(
     options = config(**sections)
     features, train_set, _ = prepare_data(options, tiny_data, tmp_path / "cache")
     model = build_model(options, features, [str(n) for n in range(L)])
-    clusters = find_clusters(options, train_set)
+    clusters = find_clusters(options, train_set, [])
     head = make_auxiliary(options, clusters, train_set, D, torch.device("cpu"))
 
     table, shift = leaf(model.encoder.table.weight), leaf(model.encoder.bias)  # type: ignore[union-attr]

@@ -68,8 +68,8 @@ class Ensemble:
         for (member, own), weight in zip(pairs, self.weights, strict=True):
             scores = member.head.candidate_scores(own, labels)
             total += weight * member.probabilities(scores).double()
-        best = TopK(total.float().masked_fill(labels < 0, -torch.inf), labels).ranked()
-        return _resized(best, k)
+        scores = total.float().masked_fill(labels < 0, -torch.inf)
+        return TopK(scores, labels).ranked().resized(k)
 
 
 def union(parts: Sequence[Tensor]) -> Tensor:  # [B, C] each -> [B, C'] int64
@@ -93,10 +93,3 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"expected finite weights above 0, got {list(weights)}")
     return [weight / sum(weights) for weight in weights]
-
-
-def _resized(best: TopK, k: int) -> TopK:
-    """Cut or padded to k columns."""
-    missing = max(k - best.labels.shape[1], 0)
-    scores = torch.nn.functional.pad(best.scores[:, :k], (0, missing), value=-math.inf)
-    return TopK(scores, torch.nn.functional.pad(best.labels[:, :k], (0, missing), value=-1))

@@ -12,12 +12,14 @@ from xmc.evaluation.frequency import frequency_topk
 from xmc.evaluation.metrics import MetricAccumulator, Scores
 from xmc.evaluation.metrics import evaluate as score_batches
 from xmc.evaluation.propensity import Propensity
+from xmc.heads.retrieval import RetrievalHead
 from xmc.model import XMCModel, load_model
 from xmc.runs import RunError, check_same_labels, read_run
 from xmc.serving.ensemble import CANDIDATES, Ensemble
 from xmc.types import Batch, TopK
 
 KS = (1, 3, 5, 10)
+RETRIEVAL_KS = (1, 3, 5, 10, 100)  # where a dual encoder takes part
 
 Run = str | Path | XMCModel
 
@@ -29,7 +31,7 @@ def evaluate(
     data: str | Path | None = None,
     weights: Sequence[float] | None = None,
     candidates: int = CANDIDATES,
-    ks: tuple[int, ...] = KS,
+    ks: tuple[int, ...] | None = None,
     propensity: str = "default",
     a: float | None = None,
     b: float | None = None,
@@ -48,6 +50,7 @@ def evaluate(
         data: another data folder with the same labels (default: the one the first was trained on).
         weights: of several runs, in their order (default: all count alike).
         candidates: labels that each of several runs proposes for a row.
+        ks: ranks (default: 1, 3, 5, 10, and 100 where a dual encoder takes part).
         propensity: preset of the constants a and b; `a` and `b` together replace it.
         threshold: by the raw score, of several runs by the mean probability.
         baseline: score the most frequent labels instead of the model's predictions.
@@ -63,6 +66,10 @@ def evaluate(
         raise ValueError(f"expected several runs with weights {list(weights)}, got one")
     ensemble = Ensemble(models, weights, candidates=candidates)
     model, record = opened[0]
+    if ks is None:
+        dual = any(isinstance(member.head, RetrievalHead) for member in models)
+        ks = RETRIEVAL_KS if dual else KS
+    deepest = max(ks)
     folder = Path(data) if data is not None else Path(record["data"])
     check_same_labels(read_labels(folder), model.labels, folder)
     datasets = [
@@ -80,15 +87,15 @@ def evaluate(
     )
 
     def most_frequent(batch: Batch) -> TopK:
-        return frequency_topk(frequencies, max(ks), len(batch))
+        return frequency_topk(frequencies, deepest, len(batch))
 
     topk_of: Callable[[Batch], TopK]
     if baseline:
         topk_of = most_frequent
     elif len(models) == 1:
-        topk_of = model.topk_of(max(ks))
+        topk_of = model.topk_of(deepest)
     else:
-        topk_of = _joint_topk(ensemble, datasets, max(ks))
+        topk_of = _joint_topk(ensemble, datasets, deepest)
     batches = datasets[0].batches(min(m.config.train.eval_batch_size for m in models))
     return score_batches(topk_of, batches, accumulator, progress=progress)
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import scipy.sparse
+from torch import Tensor
+
 from xmc.config import Config, ConfigError
 from xmc.data.batches import Dataset
 from xmc.data.label_features import label_features
 from xmc.data.progress import track
+from xmc.model import read_label_embeddings
 from xmc.nn.clusters import Clusters, cluster_labels
 
 CLUSTERS_FILE = "clusters.safetensors"  # in the run folder
 
 
-def find_clusters(config: Config, train_set: Dataset) -> Clusters | None:
-    """Clusters by the features of the training rows; None where the recipe uses none.
+def find_clusters(config: Config, train_set: Dataset, labels: list[str]) -> Clusters | None:
+    """Clusters by the features of the training rows, or by a dual encoder's label embeddings.
 
-    As fine as the finer of both uses needs them; `Clusters.coarser` gives the other. Raises
-    ConfigError where the labels are too few for two clusters of an auxiliary objective.
+    None where the recipe uses none. As fine as the finer of both uses needs them;
+    `Clusters.coarser` gives the other. Raises ConfigError where the labels are too few for two
+    clusters of an auxiliary objective, and what `read_label_embeddings` raises.
     """
     options = config.auxiliary
     if not _sizes(config):
@@ -27,8 +32,13 @@ def find_clusters(config: Config, train_set: Dataset) -> Clusters | None:
             f"auxiliary.max_labels: expected fewer than the {train_set.num_labels} labels, "
             f"so that there are two clusters at least, got {options.max_labels}"
         )
+    features: scipy.sparse.csr_matrix | Tensor
+    if config.train.label_embeddings:
+        features = read_label_embeddings(config.train.label_embeddings, labels)
+    else:
+        features = label_features(train_set)
     return cluster_labels(
-        label_features(train_set),
+        features,
         max_labels=min(_sizes(config)),
         seed=config.train.seed,
         track=lambda levels: track(levels, "Clustering labels", total=len(levels)),

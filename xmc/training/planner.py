@@ -104,6 +104,11 @@ def plan_recipe(
     DataError for bad data, and what `make_plan` raises.
     """
     config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
+    if config.train.objective != "classification":
+        raise ConfigError(
+            "train.objective: xmc plan predicts the training of classifiers, "
+            f'got "{config.train.objective}"'
+        )
     place = _device(device or config.train.device)
     size = None if memory is None else parse_memory(memory)
     numbers = {

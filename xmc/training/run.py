@@ -16,8 +16,9 @@ import torch
 
 from xmc.config import Config, ConfigError, HeadConfig, load_recipe, to_dict
 from xmc.data.batches import Dataset, load_dataset, train_validation_split
-from xmc.data.features import fit_features
+from xmc.data.features import Features, fit_features
 from xmc.data.formats import has_split, read_labels
+from xmc.data.label_store import load_label_texts
 from xmc.data.label_texts import with_label_texts
 from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
@@ -26,6 +27,7 @@ from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.runs import read_run
 from xmc.training.auxiliary import make_auxiliary
 from xmc.training.clusters import CLUSTERS_FILE, find_clusters, load_clusters
+from xmc.training.dual_trainer import DualTrainer
 from xmc.training.loop import TrainingLoop
 from xmc.training.trainer import Trainer
 
@@ -66,6 +68,13 @@ def train(
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
+    if config.train.objective == "contrastive":
+        return _train_dual(
+            *(config, data, out, features, labels, train_set, validation_set, device),
+            resume=resume,
+            cache=cache,
+            show_progress=show_progress,
+        )
     rows = train_set  # what is trained on: its statistics are those of the documents alone
     if config.train.label_texts:
         rows = with_label_texts(train_set, data, features, cache=cache)
@@ -73,7 +82,7 @@ def train(
     record["label_text_rows"] = len(rows) - len(train_set)
     if resume:
         _check_same_data(out, record)
-    clusters = load_clusters(config, out) if resume else find_clusters(config, train_set)
+    clusters = load_clusters(config, out) if resume else find_clusters(config, train_set, labels)
     torch.manual_seed(config.train.seed)
     model = build_model(
         config,
@@ -105,6 +114,38 @@ def train(
     )
     TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
     del trainer, model  # with their moments, before the best epoch is loaded
+    return load_model(out / "model")
+
+
+def _train_dual(
+    config: Config,
+    data: Path,
+    out: Path,
+    features: Features,
+    labels: list[str],
+    train_set: Dataset,
+    validation_set: Dataset | None,
+    device: torch.device,
+    *,
+    resume: bool,
+    cache: str | Path | None,
+    show_progress: bool,
+) -> XMCModel:
+    """`train` for a dual encoder."""
+    texts = load_label_texts(data, features, cache=cache)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, features, labels).to(device)
+    trainer = DualTrainer(model, config, train_set, validation_set, texts)
+    record = _record(config, data, train_set, validation_set)
+    record |= {"label_texts": int(texts.known.sum()), "trained_rows": trainer.num_rows}
+    if resume:
+        _check_same_data(out, record)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        save_model(model, out / "model")
+        write_json(out / "run.json", record)
+    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
+    del trainer, model
     return load_model(out / "model")
 
 
