@@ -106,6 +106,25 @@ def test_settings_of_a_head_go_over_those_of_all() -> None:
     assert wide.with_seed(7).train.seed == 7
 
 
+def test_a_named_head_stands_beside_its_kind_with_settings_of_its_own() -> None:
+    found = {
+        variant.name: variant
+        for variant in variants(
+            "static",
+            "low=static",
+            "wide=dense",
+            fan_ins=(32, 64),
+            head_settings=["low:encoder.dropout=0.1", "low-64:rewire.interval=7"],
+        )
+    }
+    assert list(found) == ["static-32", "static-64", "low-32", "low-64", "wide"]
+    assert [found[name].head for name in ("low-32", "wide")] == ["static", "dense"]
+    plain, low = found["static-64"].config, found["low-64"].config
+    assert plain.encoder.dropout != low.encoder.dropout == 0.1
+    assert (found["low-32"].config.rewire.interval, low.rewire.interval) == (300, 7)
+    assert found["low-64"].classifier_bytes == found["static-64"].classifier_bytes
+
+
 OPTIMIZERS = {"sgd": 0, "momentum": 4, "adamw": 8, "adagrad": 4}  # bytes of state a weight
 
 
@@ -160,8 +179,10 @@ def test_a_fan_in_that_is_no_pattern_names_those_that_are() -> None:
     ("heads", "options", "message"),
     [
         (("dense", "sett"), {}, r'expected heads of dense, .*, pattern, got "sett"'),
-        (("set", "set"), {}, "each once, got set, set"),
-        ((), {}, "one head or more, each once, got none"),
+        (("set", "set"), {}, 'each head once, or under another name, got "set" twice'),
+        (("set", "set=rigl"), {}, 'got "set" twice'),
+        (("../x=set",), {}, r'name of letters, .* before "=set", got "../x"'),
+        ((), {}, "one head or more, got none"),
         (("set",), {"head_settings": ["rewire.fraction=0.1"]}, "HEAD:section.key=value"),
         (
             ("dense", "set"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _SAME = (
     *("features", "train.epochs", "train.batch_size", "train.accumulation", "train.validation"),
     *("train.patience", "train.seed", "train.label_texts"),
 )
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _BLOCKS = (16, 32, 8, 4)  # m of a pattern n:m, the one tried first in front
 _ENCODER_BYTES = 12  # of a weight that the encoder's AdamW trains: float32 with two moments
 
@@ -39,6 +41,8 @@ _ENCODER_BYTES = 12  # of a weight that the encoder's AdamW trains: float32 with
 class Variant:
     """One line of the comparison."""
 
+    label: str
+    """What the user calls it: the head, or the NAME of `NAME=HEAD`."""
     head: str
     """One of `HEADS`."""
     fan_in: int
@@ -52,7 +56,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.head}-{self.fan_in}" if self.fan_in else self.head
+        return _name(self.label, self.fan_in)
 
     def with_seed(self, seed: int) -> Config:
         train = dataclasses.replace(self.config.train, seed=seed)
@@ -75,20 +79,17 @@ def make_variants(
         heads: dense (bfloat16 where the recipe says float8); bottleneck: a dense head behind an
             intermediate layer, as large as the sparse one of the same fan-in; static, set, rigl: a
             sparse head of that kind of rewiring; grouped, grouped-random: rigl, where 16 labels of
-            a cluster, or any 16, share their inputs; pattern: rigl within an n:m pattern.
+            a cluster, or any 16, share their inputs; pattern: rigl within an n:m pattern. As
+            NAME=HEAD, a head goes by a name of its own, and may stand there more than once.
         fan_ins: default: that of the recipe.
         settings: `section.key=value` over the recipe, for every head.
-        head_settings: `HEAD:section.key=value`, over all other settings of that head; HEAD may also
-            be the name of one variant, such as rigl-64.
+        head_settings: `HEAD:section.key=value`, over all other settings of that head; HEAD is its
+            name, if it has one, or the name of one variant, such as rigl-64.
 
     Raises ConfigError on an unknown head, a setting that does not fit, and settings of one head
     that would give it other rows or steps than the others.
     """
-    for head in heads:
-        if head not in HEADS:
-            raise ConfigError(f'expected heads of {", ".join(HEADS)}, got "{head}"')
-    if not heads or len(set(heads)) < len(heads):
-        raise ConfigError(f"expected one head or more, each once, got {', '.join(heads) or 'none'}")
+    kinds = _kinds_by_label(heads)
     fan_ins = list(dict.fromkeys(fan_ins)) or [load_recipe(recipe, settings).head.fan_in]
     base = load_recipe(recipe, [*settings, f"head.fan_in={fan_ins[0]}"])
     if base.train.patience:
@@ -97,16 +98,20 @@ def make_variants(
             f"expected 0 (no early stopping), got {base.train.patience}"
         )
     dim = representation_width(base)
-    pairs = [(head, fan_in) for head in heads for fan_in in (fan_ins if head != "dense" else [0])]
-    extra = _by_target(head_settings, [_name(*pair) for pair in pairs], heads)
+    pairs = [
+        (label, fan_in)
+        for label, head in kinds.items()
+        for fan_in in (fan_ins if head != "dense" else [0])
+    ]
+    extra = _by_target(head_settings, [_name(*pair) for pair in pairs], list(kinds))
     variants = []
-    for head, fan_in in pairs:
-        own = _own_settings(base, head, fan_in, dim=dim, num_labels=num_labels)
-        overrides = (*settings, *own, *extra.get(head, ()), *extra.get(_name(head, fan_in), ()))
+    for label, fan_in in pairs:
+        own = _own_settings(base, kinds[label], fan_in, dim=dim, num_labels=num_labels)
+        overrides = (*settings, *own, *extra.get(label, ()), *extra.get(_name(label, fan_in), ()))
         config = load_recipe(recipe, overrides)
-        _check_same(base, config, head)
+        _check_same(base, config, label)
         size = classifier_bytes(config, dim, num_labels)
-        variants.append(Variant(head, fan_in, overrides, config, size))
+        variants.append(Variant(label, kinds[label], fan_in, overrides, config, size))
     return variants
 
 
@@ -209,11 +214,34 @@ def _own_settings(
     return own
 
 
+def _kinds_by_label(heads: Sequence[str]) -> dict[str, str]:
+    """Of heads given as HEAD or NAME=HEAD: the head by its name."""
+    kinds: dict[str, str] = {}
+    for text in heads:
+        label, equals, head = text.partition("=")
+        head = head if equals else label
+        if head not in HEADS:
+            raise ConfigError(f'expected heads of {", ".join(HEADS)}, got "{head}"')
+        if not _LABEL.fullmatch(label):  # it becomes a folder's name
+            raise ConfigError(
+                f'expected a name of letters, digits, "-", "+" and "." before "={head}", '
+                f'got "{label}"'
+            )
+        if label in kinds:
+            raise ConfigError(
+                f'expected each head once, or under another name, got "{label}" twice'
+            )
+        kinds[label] = head
+    if not kinds:
+        raise ConfigError("expected one head or more, got none")
+    return kinds
+
+
 def _by_target(
-    settings: Iterable[str], names: Sequence[str], heads: Sequence[str]
+    settings: Iterable[str], names: Sequence[str], labels: Sequence[str]
 ) -> dict[str, list[str]]:
     """Settings of `HEAD:section.key=value` by head or name of a variant."""
-    targets = list(dict.fromkeys((*heads, *names)))
+    targets = list(dict.fromkeys((*labels, *names)))
     found: dict[str, list[str]] = {}
     for text in settings:
         target, colon, setting = text.partition(":")
@@ -228,7 +256,7 @@ def _by_target(
     return found
 
 
-def _check_same(base: Config, config: Config, head: str) -> None:
+def _check_same(base: Config, config: Config, label: str) -> None:
     """Equal rows, equal steps, features that are built once."""
     ours, others = to_dict(config), to_dict(base)
     for name in _SAME:
@@ -238,9 +266,9 @@ def _check_same(base: Config, config: Config, head: str) -> None:
             if mine.get(option) != theirs.get(option):
                 raise ConfigError(
                     f"{section}.{option}: expected the same for all heads, got "
-                    f"{mine.get(option)!r} for {head} and {theirs.get(option)!r} for the others"
+                    f"{mine.get(option)!r} for {label} and {theirs.get(option)!r} for the others"
                 )
 
 
-def _name(head: str, fan_in: int) -> str:
-    return f"{head}-{fan_in}" if fan_in else head
+def _name(label: str, fan_in: int) -> str:
+    return f"{label}-{fan_in}" if fan_in else label

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xmc.comparison.heads import HEADS
 from xmc.comparison.report import Comparison, VariantResult
 from xmc.comparison.runs import RunLogs
 from xmc.training.memory_component import megabytes
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 Points = Sequence[tuple[int, float]]  # (step, value)
 
-_STYLES = ("-", "--", ":", "-.")  # by fan-in; colours are by head
+_STYLES = ("-", "--", ":", "-.")  # by fan-in; colours are by label
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:
@@ -66,8 +65,9 @@ def mean_over_runs(runs: Sequence[Points]) -> list[tuple[int, float]]:
 
 
 def _draw_scores(axes: Axes, results: Sequence[VariantResult], metric: str, split: str) -> None:
+    colors = _colors(results)
     for place, result in enumerate(results):
-        color = _color(result)
+        color = colors[result.variant.label]
         values = [100 * run.values[metric] for run in result.runs]
         spread = 100 * result.deviation(metric) if len(values) > 1 else None
         axes.errorbar(100 * result.mean(metric), place, xerr=spread, fmt="o", capsize=4, c=color)
@@ -78,7 +78,8 @@ def _draw_scores(axes: Axes, results: Sequence[VariantResult], metric: str, spli
 
 def _draw_bytes(axes: Axes, results: Sequence[VariantResult]) -> None:
     sizes = [result.variant.classifier_bytes for result in results]
-    bars = axes.barh(range(len(results)), sizes, color=[_color(result) for result in results])
+    colors = _colors(results)
+    bars = axes.barh(range(len(sizes)), sizes, color=[colors[r.variant.label] for r in results])
     axes.bar_label(bars, [megabytes(size) for size in sizes], padding=3)
     axes.set(title="classifier with optimizer state", xlim=(0, 1.25 * max(sizes)), xticks=[])
 
@@ -89,6 +90,7 @@ def _draw_lines(
     points_of: Callable[[RunLogs], Points],
     title: str,
 ) -> None:
+    colors = _colors(results)
     fan_ins = sorted({result.variant.fan_in for result in results} - {0})
     for result in results:
         points = mean_over_runs([points_of(run.logs) for run in result.runs])
@@ -97,7 +99,7 @@ def _draw_lines(
             axes.plot(
                 *zip(*points, strict=True),
                 label=result.variant.name,
-                color=_color(result),
+                color=colors[result.variant.label],
                 linestyle=_STYLES[fan_ins.index(fan_in) % len(_STYLES)] if fan_in else "-",
                 marker="." if len(points) < 30 else None,
             )
@@ -111,5 +113,6 @@ def _rewirings(key: str) -> Callable[[RunLogs], Points]:
     return lambda logs: [(event["step"], 100 * event[key]) for event in logs.rewirings]
 
 
-def _color(result: VariantResult) -> str:
-    return f"C{HEADS.index(result.variant.head)}"
+def _colors(results: Sequence[VariantResult]) -> dict[str, str]:
+    labels = dict.fromkeys(result.variant.label for result in results)
+    return {label: f"C{place}" for place, label in enumerate(labels)}

@@ -151,6 +151,7 @@ def _variant(result: VariantResult) -> dict[str, Any]:
     variant = result.variant
     return {
         "name": variant.name,
+        "label": variant.label,
         "head": variant.head,
         "fan_in": variant.fan_in or None,
         "settings": list(variant.overrides),
