@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Memory of this process, now and at most."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; where a system does not say, the most it has held."""
+    if sys.platform == "linux":
+        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+    return peak_memory_bytes()

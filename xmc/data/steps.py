@@ -46,7 +46,7 @@ def epoch_steps(
         yield micro_batches(
             rows,
             None if store is None else store.widths(rows),
-            batch_size=options.batch_size,
+            batch_size=min(options.batch_size, options.micro_batch or options.batch_size),
             max_tokens=options.max_tokens,
         )
 

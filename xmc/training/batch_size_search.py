@@ -7,9 +7,11 @@ gradients do not grow with m, activations grow with each row), as the tables of 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -127,6 +129,21 @@ class AutoSize:
         """The line through the two largest measured sizes; None before there are two."""
         search = self._searches.get(shape, _Search())
         return MemoryFit.through(search.points) if len(search.points) > 1 else None
+
+    def state(self) -> dict[str, Any]:
+        """Everything found so far, for JSON; shapes are numbers or strings then."""
+        searches = [[shape, dataclasses.asdict(found)] for shape, found in self._searches.items()]
+        numbers = {"limit": self.limit, "first": self.first, "most": self.most}
+        return {**numbers, "searches": searches}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> AutoSize:
+        """What `state` was taken of."""
+        size = cls(state["limit"], first=state["first"], most=state["most"])
+        for shape, found in state["searches"]:
+            points = {int(rows): peak for rows, peak in found["points"].items()}
+            size._searches[shape] = _Search(points, found["chosen"], found["failed"])
+        return size
 
     def _wanted(self, search: _Search) -> int:
         """By memory alone."""

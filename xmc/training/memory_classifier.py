@@ -182,7 +182,9 @@ def dense_bytes(classifier: Classifier, config: Config, rows: int) -> dict[str, 
 
 
 def _accumulates(config: Config) -> bool:
-    return config.train.accumulation > 1 or config.train.max_tokens > 0
+    train = config.train
+    cut = 0 < train.micro_batch < train.batch_size or bool(train.memory_limit)
+    return train.accumulation > 1 or train.max_tokens > 0 or cut
 
 
 def _layer(layer: FixedFanInLinear | nn.Linear) -> Layer:

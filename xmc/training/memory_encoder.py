@@ -91,7 +91,8 @@ def passes_of(config: Config) -> tuple[int, int]:
     options = config.train
     step_rows = options.batch_size * options.accumulation
     if not options.max_tokens:
-        return options.batch_size, options.accumulation
+        rows = min(options.batch_size, options.micro_batch or options.batch_size)
+        return rows, math.ceil(step_rows / rows)
     rows = max(1, min(options.max_tokens // config.features.max_length, step_rows))
     return rows, math.ceil(step_rows / rows)
 

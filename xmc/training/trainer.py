@@ -16,12 +16,14 @@ from xmc.data.batches import Dataset
 from xmc.data.steps import epoch_steps
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
+from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import Head, HeadResult
 from xmc.model import XMCModel
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire_schedule import is_due, rewire_progress
 from xmc.nn.slot_age import SlotAges
 from xmc.training.auxiliary import PartMeter, auxiliary_share
+from xmc.training.byte_meter import is_out_of_memory
 from xmc.training.checkpoint import load_into
 from xmc.training.encoder_optimizer import (
     clip_gradient_,
@@ -30,7 +32,10 @@ from xmc.training.encoder_optimizer import (
 )
 from xmc.training.log import RunLog
 from xmc.training.loop import StepReport, TrainingError
+from xmc.training.passes import FittingPasses, make_passes
+from xmc.training.replay import random_states, set_random_states_
 from xmc.training.schedule import lr_factor
+from xmc.types import Batch
 
 
 class Trainer:
@@ -58,14 +63,18 @@ class Trainer:
         self.scaler = make_scaler(config, self.optimizer, self.device)
         self.overflows = 0  # steps that the encoder skipped, float16 only
         options = config.train
-        model.head.seed = options.seed
+        self.head = model.classifier
+        self.head.seed = options.seed
         self.rows_per_step = options.batch_size * options.accumulation
         self.steps_per_epoch = math.ceil(len(train_set) / self.rows_per_step)
         self.total_steps = options.epochs * self.steps_per_epoch
         self.auxiliary_steps = config.auxiliary.cutoff_epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
-        self.ages = make_slot_ages(model.head.layer, config)
+        self.ages = make_slot_ages(self.head.layer, config)
         self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
+        self._passes = make_passes(
+            config, train_set, self.device, trial=self._trial, untouched=self._untouched_bytes
+        )
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Tensor]]:
         """The micro-batches, row ids [R], of each step of an epoch."""
@@ -74,7 +83,14 @@ class Trainer:
     def run_step(self, work: list[Tensor], log: RunLog, *, measure: bool) -> StepReport:
         """An optimizer step and, if it is due, a rewiring."""
         num_rows = sum(map(len, work))
-        loss, grad_norm, parts = self._optimizer_step(work, num_rows=num_rows, measure=measure)
+        if self._passes is None:
+            loss, grad_norm, parts = self._optimizer_step(work, num_rows=num_rows, measure=measure)
+        else:
+            work, (loss, grad_norm, parts) = self._fitting_step(self._passes, work, measure=measure)
+            for width, rows in self._passes.news():
+                log.write(
+                    "passes", step=self.step, rows=rows, **({"tokens": width} if width else {})
+                )
         rewired = self._rewire(work)
         if rewired:
             log.write("rewire", step=self.step, **rewired)
@@ -82,7 +98,7 @@ class Trainer:
             "encoder_grad_norm": grad_norm,
             **parts,
             "encoder_lr": self.optimizer.param_groups[0]["lr"],
-            "classifier_lr": self.model.head.lr,
+            "classifier_lr": self.head.lr,
         }
         return StepReport(loss, num_rows, values)
 
@@ -101,7 +117,7 @@ class Trainer:
         encoder skips the step because its gradient overflowed float16; the heads' steps stand. The
         parts of the loss, for the log, are empty where nobody measures or where there is only one.
         """
-        config, head = self.config, self.model.head
+        config, head = self.config, self.head
         factor = lr_factor(
             self.step,
             total=self.total_steps,
@@ -122,31 +138,13 @@ class Trainer:
             meter = PartMeter(share) if measure else None
         loss = 0.0
         for position, chunk in enumerate(chunks, start=1):
-            batch = self.train_set.batch(chunk).to(self.device)
-            pooled = self.model.encoder(batch.inputs)
-            if self.scaler.is_enabled() and not bool(pooled.isfinite().all()):
-                raise TrainingError(
-                    f"the encoder's activations overflow float16 at step {self.step}: "
-                    'train with encoder.autocast = "bfloat16" or "none"'
-                )
-            reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
-            if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
-                self._step_reps.append(reps.detach())
-            inputs = (reps, pooled)  # of the classifier and of the auxiliary head
-            results = [
-                part.loss_and_grad(
-                    x.detach(),
-                    batch.labels,
-                    num_rows=num_rows,
-                    update=position == len(chunks),
-                    weight=weight,
-                )
-                for (part, weight), x in zip(heads, inputs, strict=False)
-            ]
-            if meter is not None:
-                meter.add([pulled_back(results[0], reps, pooled), *results[1:]])
-            backward(inputs, [self.scaler.scale(result.d_reps) for result in results])
-            loss += float(sum(result.loss for result in results))
+            loss += self._pass(
+                self.train_set.batch(chunk),
+                heads,
+                num_rows=num_rows,
+                update=position == len(chunks),
+                meter=meter,
+            )
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr "
@@ -163,6 +161,103 @@ class Trainer:
             parts |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
         self.step += 1
         return loss, norm, parts
+
+    def _pass(
+        self,
+        batch: Batch,
+        heads: Sequence[tuple[Head, float]],
+        *,
+        num_rows: int,
+        update: bool,
+        meter: PartMeter | None = None,
+    ) -> float:
+        """Forward and backward of one pass of a step; returns its part of the loss."""
+        batch = batch.to(self.device)
+        pooled = self.model.encoder(batch.inputs)
+        if self.scaler.is_enabled() and not bool(pooled.isfinite().all()):
+            raise TrainingError(
+                f"the encoder's activations overflow float16 at step {self.step}: "
+                'train with encoder.autocast = "bfloat16" or "none"'
+            )
+        reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
+        if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
+            self._step_reps.append(reps.detach())
+        inputs = (reps, pooled)  # of the classifier and of the auxiliary head
+        results = [
+            part.loss_and_grad(
+                x.detach(), batch.labels, num_rows=num_rows, update=update, weight=weight
+            )
+            for (part, weight), x in zip(heads, inputs, strict=False)
+        ]
+        if meter is not None:
+            meter.add([pulled_back(results[0], reps, pooled), *results[1:]])
+        backward(inputs, [self.scaler.scale(result.d_reps) for result in results])
+        return float(sum(result.loss for result in results))
+
+    def _fitting_step(
+        self, passes: FittingPasses, work: list[Tensor], *, measure: bool
+    ) -> tuple[list[Tensor], tuple[float, float, dict[str, float]]]:
+        """`_optimizer_step` in passes that fit into memory, which it returns too.
+
+        A step that runs out of memory all the same is begun again in smaller passes, with the same
+        random numbers, so that no row is lost or counted twice.
+        """
+        rows = torch.cat(work)
+        random = random_states(self._drawing())
+        while True:
+            work = passes.cut(rows)
+            steps = self.head.steps
+            try:
+                return work, self._optimizer_step(work, num_rows=len(rows), measure=measure)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.head.steps != steps or not passes.shrink(work):
+                    error.add_note("give the training a lower train.memory_limit")
+                    raise
+            self._forget_gradient()
+            set_random_states_(random)
+
+    def _trial(self, batch: Batch) -> None:
+        """A pass that changes nothing, for its memory: every part of its loss weighs 0."""
+        heads: list[tuple[Head, float]] = [(self.head, 0.0)]
+        if self.auxiliary is not None:
+            heads.append((self.auxiliary, 0.0))
+        random = random_states(self._drawing())
+        try:
+            self._pass(batch, heads, num_rows=len(batch), update=False)
+        finally:
+            self._forget_gradient()
+            set_random_states_(random)
+
+    def _forget_gradient(self) -> None:
+        """Of a step that is not to be taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._step_reps = []
+        for head in self._classifiers():
+            head.moments.grad_weight = head.moments.grad_bias = None
+
+    def _untouched_bytes(self) -> int:
+        """Of moments that are not in memory yet, though the first step will touch them."""
+        size = 0
+        if not self.optimizer.state:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            size += sum(2 * p.numel() * p.itemsize for p in trained)
+        for head in self._classifiers():
+            # Made here, in no trial. Zeros: a CPU has none of their pages before they are written.
+            tensors = head.training_state().values()
+            if not head.steps and self.device.type != "cuda":
+                size += sum(t.numel() * t.itemsize for t in tensors)
+        return size
+
+    def _classifiers(self) -> list[ClassifierHead]:
+        """The heads' parts that have moments."""
+        found = [part for part in self.head.modules() if isinstance(part, ClassifierHead)]
+        return found if self.auxiliary is None else [*found, self.auxiliary.classifier]
+
+    def _drawing(self) -> list[torch.device]:
+        """The devices whose random numbers a pass draws."""
+        return list({torch.device("cpu"), self.device})
 
     def _encoder_step(self) -> bool:
         """Step with the unscaled gradient and forget it; True if it overflowed and was skipped."""
@@ -193,7 +288,7 @@ class Trainer:
             # All passes of the step together: the gradient is that of the whole step.
             reps, self._step_reps = torch.cat(self._step_reps), []
             labels = self.train_set.labels.rows(torch.cat(chunks)).to(self.device)
-        report = self.model.head.rewire_(
+        report = self.head.rewire_(
             options,
             seed=self.config.train.seed,
             step=self.step,
@@ -218,7 +313,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments of the heads and ages of slots, for a checkpoint."""
         tensors = {f"model.{k}": v for k, v in self.model.weights().items()}
-        tensors |= {f"head.{k}": v for k, v in self.model.head.training_state().items()}
+        tensors |= {f"head.{k}": v for k, v in self.head.training_state().items()}
         if self.ages is not None:
             tensors |= {f"rewire.{k}": v for k, v in self.ages.tensors().items()}
         if self.auxiliary is not None:
@@ -228,16 +323,17 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Counters and the loss scale, for a checkpoint."""
         return {
-            "head_steps": self.model.head.steps,
+            "head_steps": self.head.steps,
             "scaler": self.scaler.state_dict(),  # empty where there is none
             "overflows": self.overflows,
+            "passes": None if self._passes is None else self._passes.state(),
             "auxiliary_steps": None if self.auxiliary is None else self.auxiliary.steps,
         }
 
     def restore_(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what a checkpoint holds; its optimizer is the loop's business."""
         load_into(self.model.weights(), tensors, "model.")
-        load_into(self.model.head.training_state(), tensors, "head.")
+        load_into(self.head.training_state(), tensors, "head.")
         if self.auxiliary is not None and state["auxiliary_steps"] is None:
             self.auxiliary = None  # the checkpoint is from after the cut-off
         if self.auxiliary is not None:
@@ -248,7 +344,9 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
             self.overflows = state["overflows"]
-        self.model.head.steps = state["head_steps"]
+        if self._passes is not None:
+            self._passes.restore_(state["passes"])
+        self.head.steps = state["head_steps"]
 
 
 _VALIDATION_KS = (1, 3, 5)

@@ -1,0 +1,226 @@
+"""Encoder passes of a training that fit into a memory the user states (`train.memory_limit`).
+
+How a step is cut into passes changes its memory, not its gradient (`xmc.heads.head`), up to
+rounding and the masks of dropout. The rows of a pass are found as in `xmc.training.micro_batch`, by
+trial passes that change nothing: real passes would not do, because a head that has taken its
+gradient, or its step, cannot give it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xmc.config import Config, ConfigError
+from xmc.data.batches import Dataset, TokenStore
+from xmc.memory import resident_bytes
+from xmc.training.batch_size_search import AutoSize
+from xmc.training.byte_meter import is_out_of_memory, measured
+from xmc.training.memory_component import megabytes
+from xmc.training.planner import device_memory, parse_memory
+from xmc.types import Batch, Tokens
+
+Trial = Callable[[Batch], None]  # a pass forward and backward that leaves everything as it was
+
+
+class FittingPasses:
+    """Cuts the rows of steps into passes, as large as a limit of memory allows.
+
+    The limit is that of the process (CPU) or of what this process allocates on a card. What is
+    there before the first pass counts, and so does `untouched`: memory that the training will take
+    but has not taken yet. Longer texts take more memory: there is a search for each width of a
+    batch, rounded up, with rows padded to that width, so that sizes hold whatever rows come.
+
+    On a CPU tensors are counted: see `xmc.training.byte_meter` for what that leaves out. Of the
+    room that there is a part stays free for it.
+    """
+
+    def __init__(
+        self,
+        train_set: Dataset,
+        device: torch.device,
+        *,
+        limit: int,
+        most: int,
+        widest: int,
+        trial: Trial,
+        untouched: Callable[[], int],
+    ) -> None:
+        self._train_set = train_set
+        self._store = train_set.features if isinstance(train_set.features, TokenStore) else None
+        self._device = device
+        self._limit = limit
+        self._most = most
+        self._widest = widest  # tokens of a row, at most
+        self._trial = trial
+        self._untouched = untouched
+        self._sizes: AutoSize | None = None  # made at the first step
+        self._news: dict[int, int] = {}
+
+    def cut(self, rows: Tensor) -> list[Tensor]:
+        """Slices of the rows [R] int64 of a step; rows of tokens sorted, the widest first.
+
+        Raises ConfigError where not even one row fits.
+        """
+        widths = None
+        if self._store is not None:
+            widths, by_width = self._store.widths(rows).sort(descending=True, stable=True)
+            rows = rows[by_width]
+        passes, first = [], 0
+        while first < len(rows):
+            width = 0 if widths is None else self._rounded(widths[first])
+            size = self._fitting(rows[first:], width)
+            passes.append(rows[first : first + size])
+            first += size
+        return passes
+
+    def shrink(self, passes: list[Tensor]) -> bool:
+        """After a real step ran out of memory: halve every kind of its passes, if that is possible.
+
+        Memory of a card may be there and yet not in one piece.
+        """
+        largest: dict[int, int] = {}
+        for rows in passes:
+            width = 0
+            if self._store is not None:
+                width = self._rounded(self._store.widths(rows).max())
+            largest[width] = max(len(rows), largest.get(width, 0))
+        for width, size in largest.items():
+            self._search().ran_out(size, width)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return max(largest.values()) > 1
+
+    def news(self) -> list[tuple[int, int]]:
+        """(tokens, or 0 for bags; rows) of the passes that were searched since the last call."""
+        news, self._news = list(self._news.items()), {}
+        return news
+
+    def state(self) -> dict[str, Any] | None:
+        """For a checkpoint: a training that goes on cuts as it would have without a break."""
+        return None if self._sizes is None else self._sizes.state()
+
+    def restore_(self, state: dict[str, Any] | None) -> None:
+        """Take over what `state` gave."""
+        if state is not None:
+            self._sizes = AutoSize.from_state(state)
+
+    def _rounded(self, width: Tensor) -> int:
+        return min(rounded_width(int(width)), self._widest)
+
+    def _search(self) -> AutoSize:
+        if self._sizes is None:
+            self._sizes = AutoSize(self._room(), most=self._most)
+        return self._sizes
+
+    def _room(self) -> int:
+        taken = self._untouched()
+        if self._device.type == "cuda":
+            taken += torch.cuda.memory_allocated(self._device)
+            share = 1.0
+        else:
+            taken += resident_bytes()
+            share = _CPU_SHARE
+        if taken >= self._limit:
+            raise ConfigError(
+                f"train.memory_limit: weights, moments and libraries take {megabytes(taken)} "
+                f"before any pass, got {megabytes(self._limit)} (`xmc plan` says what takes it)"
+            )
+        return max(1, int(share * (self._limit - taken)))
+
+    def _fitting(self, rows: Tensor, width: int) -> int:
+        """Rows of the next pass, the first of `rows`; measured where that is not known."""
+        search, limit, searched = self._search(), self._search().limit, False
+        while True:
+            size = search.propose(len(rows), width)
+            if search.settled(size, width):
+                if searched:
+                    self._news[width] = size
+                return size
+            searched = True
+            peak = self._measure(rows[:size], width, limit)
+            if peak is not None:
+                search.succeeded(size, peak, width)
+            elif size > 1:
+                search.ran_out(size, width)
+            else:
+                raise ConfigError(
+                    f"train.memory_limit: a pass over one row{_of(width)} takes more than the "
+                    f"{megabytes(limit or 0)} that are left of {megabytes(self._limit)}"
+                )
+
+    def _measure(self, rows: Tensor, width: int, limit: int | None) -> int | None:
+        """Bytes of a pass over the rows, padded to `width`; None where they are too many."""
+        try:
+            with measured(self._device, limit) as peak:
+                self._trial(padded(self._train_set.batch(rows), width))
+            return peak.bytes
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+
+# Freed blocks that the C library keeps in pieces, and buffers inside of compiled kernels.
+_CPU_SHARE = 0.7
+
+
+def make_passes(
+    config: Config,
+    train_set: Dataset,
+    device: torch.device,
+    *,
+    trial: Trial,
+    untouched: Callable[[], int],
+) -> FittingPasses | None:
+    """None where no limit is given. Raises ConfigError where it cannot be kept."""
+    text = config.train.memory_limit
+    if not text:
+        return None
+    if text.lower() == "auto":
+        if device.type != "cuda":
+            raise ConfigError(
+                'train.memory_limit: "auto" asks a GPU; on a CPU expected a size such as 2GB'
+            )
+        limit = device_memory("cuda") or 0
+    else:
+        limit = parse_memory(text)
+    if device.type != "cuda" and config.encoder.compile:
+        raise ConfigError(
+            "train.memory_limit: the memory of a compiled encoder cannot be counted on a CPU: "
+            "set encoder.compile = false or say train.micro_batch"
+        )
+    return FittingPasses(
+        train_set,
+        device,
+        limit=limit,
+        most=config.train.batch_size * config.train.accumulation,
+        widest=config.features.max_length,
+        trial=trial,
+        untouched=untouched,
+    )
+
+
+def rounded_width(width: int) -> int:
+    """Up to the next of 1, 2, 3, 4, 6, 8, 12, 16, ..., so that few widths are searched."""
+    power = 1 << max(0, (width - 1).bit_length())
+    return power * 3 // 4 if power >= 4 and width <= power * 3 // 4 else power
+
+
+def padded(batch: Batch, width: int) -> Batch:
+    """The batch with its tokens padded to a width, where it has tokens."""
+    if not isinstance(batch.inputs, Tokens):
+        return batch
+    more = max(0, width - batch.inputs.ids.shape[1])
+    tokens = Tokens(F.pad(batch.inputs.ids, (0, more)), F.pad(batch.inputs.mask, (0, more)))
+    return Batch(tokens, batch.labels, batch.rows, batch.exclude)
+
+
+def _of(width: int) -> str:
+    return f" of {width} tokens" if width else ""
