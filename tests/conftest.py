@@ -33,6 +33,12 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def contrastive_oracle() -> ModuleType:
+    """Contrastive losses on the whole matrix, `tests/contrastive_oracle.py`."""
+    return _module("contrastive_oracle")
+
+
+@pytest.fixture(scope="session")
 def runs() -> ModuleType:
     """Whole trainings: started, stopped, resumed, read and compared, `tests/runs.py`."""
     return _module("runs")
