@@ -31,7 +31,7 @@ def cached_step(
     loss: Callable[..., R],
     *,
     chunk: Chunk | Sequence[Chunk],
-    kept: int = 0,
+    kept: int | None = None,
     keep_bytes: int = 0,
     rep: Getter | Sequence[Getter] = None,
     loss_args: Sequence[Any] = (),
@@ -46,8 +46,8 @@ def cached_step(
     returns what `loss` returned, detached: the loss, or a tuple that begins with it. Three passes:
     every chunk through its encoder without a graph; the loss of all representations and its
     gradient in them; every chunk again, with the random numbers and buffers of its first time and
-    with a graph, and that gradient back through it. Costs one forward pass more than a plain step
-    and holds the representations, their gradients and the graph of one chunk.
+    with a graph, and that gradient back through it. Costs one forward pass more than a plain step,
+    but for the last chunk, and holds the representations, their gradients and one chunk's graph.
 
     `encoders` is one or several; the same one may be given again for other inputs. Inputs have any
     structure that `xmc.training.chunks` can cut: a tensor, `Bag` or `Tokens` is given to the
@@ -56,9 +56,10 @@ def cached_step(
     for all or one for each encoder. `rep` gets the representations [B, ...] from what an encoder
     returns: a function, the name of a field, or a position; also one for each.
 
-    `kept` chunks, or as many as save `keep_bytes` for their backward pass, keep their graph and are
-    spared the second forward pass. `scaler` scales the loss, once. Autocast around the call holds
-    for forward passes and loss, not for backward passes.
+    The last `kept` chunks, or as many as save at most `keep_bytes` for their backward pass, keep
+    their graph and are spared the second forward pass; without either the last one does, whose
+    graph waits through the loss (`kept=0`: none does). `scaler` scales the loss, once. Autocast
+    around the call holds for forward passes and loss, not for backward passes.
 
     The result is that of one backward pass over the same chunks, to rounding, dropout included, and
     random numbers after the step go on as after that pass. Of a forward pass that is not cut it
@@ -75,7 +76,7 @@ def cached_step(
     an encoder that changes its inputs or gives another number of representations, a loss that is
     not one number; TypeError where representations are no tensor.
     """
-    if kept < 0 or keep_bytes < 0 or (kept and keep_bytes):
+    if (kept or 0) < 0 or keep_bytes < 0 or (kept and keep_bytes):
         raise ValueError(
             f"expected kept or keep_bytes of at least 0, got kept={kept}, keep_bytes={keep_bytes}"
         )
@@ -87,6 +88,8 @@ def cached_step(
             f"expected no kept graphs with {len(wrappers)} modules that synchronise gradients, "
             f"got kept={kept}, keep_bytes={keep_bytes}"
         )
+    if kept is None:
+        kept = 0 if keep_bytes or len(wrappers) > 1 else 1
     jobs = [(which, index) for which, e in enumerate(encodings) for index in range(len(e))]
     graphs = forward(encodings, jobs, kept=kept, keep_bytes=keep_bytes)
     made = [encoding.take_representations() for encoding in encodings]
