@@ -679,3 +679,31 @@ def test_a_failed_step_leaves_buffers_and_random_numbers_in_place() -> None:
     with pytest.raises(KeyError, match="second pass"):
         cached_step(encoder, torch.randn(4, D), lambda q: contrast(q, q), chunk=2, kept=0)
     assert encoder.layers[1].running_mean is buffer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_its_random_numbers_are_replayed(dtype: torch.dtype) -> None:
+    encoder = Tower(nn.BatchNorm1d(16)).cuda()
+    inputs = [torch.randn(8, D).cuda(), torch.randn(10, D).cuda()]
+    twin = copy.deepcopy(encoder)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**6, enabled=dtype == torch.float16)
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        scores = 3 * F.normalize(q.float()) @ F.normalize(k.float()).T
+        return F.cross_entropy(scores, torch.arange(len(q), device=q.device))
+
+    torch.manual_seed(1)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        reps = [torch.cat([twin(part) for part in x.split(4)]) for x in inputs]
+        expected = loss(*reps)
+    scaler.scale(expected).backward()
+    after = torch.rand(2, device="cuda")
+    torch.manual_seed(1)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        got = cached_step([encoder, encoder], inputs, loss, chunk=4, scaler=scaler)
+    assert torch.equal(torch.rand(2, device="cuda"), after)
+    torch.testing.assert_close(got, expected.detach())
+    assert_same(gradients(encoder), gradients(twin), 1e-5 if dtype == torch.float32 else 2e-2)
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(encoder.get_buffer(name), buffer)

@@ -38,12 +38,15 @@ class Recorder:
             if buffer is not None
         ]
         self._is_first = True
+        self._random: dict[torch.device, Tensor] = {}
 
     def now(self) -> State:
         """The present state; before the first forward pass with copies of all buffers."""
-        return State(
-            random_states(self._devices), {slot: _get(slot).clone() for slot in self._slots}
-        )
+        for device, random in random_states(self._devices):
+            # The CPU's takes 5 KB: states share it for as long as nothing draws from it.
+            if device not in self._random or not torch.equal(self._random[device], random):
+                self._random[device] = random
+        return State(list(self._random.items()), {s: _get(s).clone() for s in self._slots})
 
     @contextmanager
     def recorded(self) -> Iterator[State]:
