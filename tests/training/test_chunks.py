@@ -156,6 +156,12 @@ def test_tensors_have_paths_and_can_be_replaced() -> None:
             "the same number of rows, got 3 in ids and 2 in more.mask",
         ),
         (
+            {"ids": (Chunks([torch.ones(3)]), None)},
+            2,
+            TypeError,
+            "expected Chunks as the whole inputs of an encoder, got them in ids.0",
+        ),
+        (
             torch.ones(3),
             TokenBudget(4),
             TypeError,

@@ -479,13 +479,24 @@ def test_functions_are_encoders_and_their_modules_are_found() -> None:
         def encode(self, x: Tensor) -> Tensor:
             return F.normalize(self.model(x))
 
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = copy.deepcopy(model)
+            self.encoder = lambda x: F.normalize(self.model(x))
+
+        def encode(self, x: Tensor) -> Tensor:
+            return F.normalize(self.model(x))
+
     owner, twin, held = Owner(), copy.deepcopy(model), [copy.deepcopy(model)]
+    trainers = Trainer(), Trainer()
     torch.manual_seed(1)
     plain_step([lambda x: F.normalize(twin(x))], [x], lambda q: contrast(q, q), size=4)
     own = model
     for encoder, used in (
         (lambda x: F.normalize(own(x)), model),
         (owner.encode, owner.model),
+        (trainers[0].encode, trainers[0].model),
+        (trainers[1].encoder, trainers[1].model),
         (partial(lambda m, x: F.normalize(m(x)), held[0]), held[0]),
     ):
         torch.manual_seed(1)

@@ -191,6 +191,8 @@ def _fill(lengths: list[int], budget: int, *, padded: bool) -> list[tuple[int, i
 
 
 def _sizes(inputs: Any, name: str) -> Iterator[tuple[str, int]]:
+    if isinstance(inputs, Chunks):
+        raise TypeError(f"expected Chunks as the whole inputs of an encoder, got them in {name}")
     if _is_whole(inputs):
         return
     if isinstance(inputs, Tensor | np.ndarray):

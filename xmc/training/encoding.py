@@ -130,9 +130,9 @@ def modules_of(encoder: Encoder) -> list[nn.Module]:
         values = [encoder.func, *encoder.args, *encoder.keywords.values()]
         return [module for value in values if callable(value) for module in modules_of(value)]
     if inspect.ismethod(encoder):
-        return [encoder.__self__] if isinstance(encoder.__self__, nn.Module) else []
+        return _modules_among([encoder.__self__], encoder.__code__.co_names)
     if inspect.isfunction(encoder):
-        return [value for _, value in referred(encoder) if isinstance(value, nn.Module)]
+        return _modules_among([value for _, value in referred(encoder)], encoder.__code__.co_names)
     return []
 
 
@@ -144,6 +144,15 @@ def referred(function: FunctionType) -> list[tuple[str, Any]]:
             found.append((name, cell.cell_contents))
     known = function.__globals__
     return found + [(name, known[name]) for name in code.co_names if name in known]
+
+
+def _modules_among(values: Iterable[Any], names: Iterable[str]) -> list[nn.Module]:
+    """The values that are modules, and of others their attributes of these names that are."""
+    found: list[Any] = []
+    for value in values:
+        own = getattr(value, "__dict__", {})
+        found += [value] if isinstance(value, nn.Module) else [own.get(name) for name in names]
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _get(output: Any, getter: Getter, name: str) -> Tensor:

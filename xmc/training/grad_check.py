@@ -81,11 +81,16 @@ def check_equivalence(
 
     Raises ValueError, besides the errors of `cached_step`, for an encoder that gives other
     representations when it is run again from the same state, as with random numbers from outside
-    torch, and for one that changes its inputs.
+    torch, for one that changes its inputs, and where there are no parameters to compare.
     """
     modules, kwargs = list(modules), dict(loss_kwargs or {})
     encodings = make_encodings(encoders, inputs, chunk=chunk, rep=rep, modules=modules)
     named = dict(_named(encodings, loss, [*loss_args, *kwargs.values()]))
+    if not named:
+        raise ValueError(
+            "expected parameters to compare, found none: modules= names the modules that encoders "
+            "and loss do not refer to by name"
+        )
     all_modules = [module for encoding in encodings for module in encoding.modules]
     devices = {device for encoding in encodings for device in encoding.devices}
     recorder = Recorder(all_modules, devices)
