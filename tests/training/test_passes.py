@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -9,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from xmc.config import Config, ConfigError, from_dict
 from xmc.data.batches import Dataset, TokenStore
-from xmc.data.tokens import Padding
+from xmc.data.tokens import Padding, TextTokenizer
 from xmc.heads.classifier import ClassifierHead
 from xmc.memory import peak_memory_bytes, resident_bytes
-from xmc.model import build_model
+from xmc.model import XMCModel, build_model
+from xmc.nn.transformer import TransformerEncoder
 from xmc.training import passes as passes_module
 from xmc.training.byte_meter import AllocationMeter, MemoryLimitError
+from xmc.training.log import RunLog
 from xmc.training.passes import FittingPasses, rounded_width
 from xmc.training.run import prepare_data
 from xmc.training.trainer import Trainer
@@ -43,6 +48,7 @@ def config(**sections: dict[str, Any]) -> Config:
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let limits be those of the passes alone: that of a test's process is nobody's business."""
     monkeypatch.setattr(passes_module, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(passes_module, "_CPU_SHARE", 1.0)
     monkeypatch.setattr(Trainer, "_untouched_bytes", lambda self: 0)
 
 
@@ -166,7 +172,9 @@ def test_a_step_that_runs_out_of_memory_begins_again(
 
     monkeypatch.setattr(trainer, "_pass", failing)
     assert trainer._passes is not None
-    trainer._passes._search().ran_out(128, 0)  # so that a step has two passes
+    trainer._passes.cut(torch.arange(10))
+    assert trainer._passes._sizes is not None
+    trainer._passes._sizes.ran_out(128, 0)  # so that a step has two passes
     for step in range(2):
         random = torch.get_rng_state()
         work = next(truth.steps(0, step))
@@ -215,10 +223,9 @@ def token_set(widths: list[int]) -> Dataset:
     return Dataset(store, SparseLabels.from_lists([[0]] * len(widths), 1))
 
 
-def test_longer_texts_get_smaller_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_process")
+def test_longer_texts_get_smaller_passes() -> None:
     """1000 bytes a token, 100 kB: every pass fits at the width that it is padded to."""
-    monkeypatch.setattr(passes_module, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(passes_module, "_CPU_SHARE", 1.0)
     trials: list[tuple[int, int]] = []
 
     def trial(batch: Batch) -> None:
@@ -246,7 +253,7 @@ def test_longer_texts_get_smaller_passes(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(part) * widest <= 100
     assert len(cut[0]) == 2  # 40 tokens each, 90% of the limit
     assert max(len(part) for part in cut) > 15
-    assert {width for width, _ in trials} <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40}
+    assert {width for width, _ in trials[1:]} <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40}
     measured = len(trials)
     again = passes.cut(rows)
     assert all(a.equal(b) for a, b in zip(cut, again, strict=True))
@@ -254,6 +261,48 @@ def test_longer_texts_get_smaller_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     found = dict(passes.news())
     assert found[40] == 2
     assert passes.news() == []
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_transformer_trains_the_same_within_a_limit(tmp_path: Path) -> None:
+    """Texts of unequal length, checkpointing: two steps against one pass each."""
+    torch.manual_seed(2)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"vocab_size": 50, "intermediate_size": 32, "max_position_embeddings": 24}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = BertModel(BertConfig(**shape, **no_dropout))
+    widths = torch.randint(2, 21, (64,))
+    ends = F.pad(widths.cumsum(0), (1, 0))
+    store = TokenStore(ends, torch.randint(0, 50, (int(ends[-1]),)).int(), Padding(0))
+    labels = SparseLabels.from_lists([[n % 7] for n in range(64)], 7)
+
+    def trained(train: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+        encoder = TransformerEncoder(copy.deepcopy(bert), checkpointing=True)
+        options = config(
+            features={"kind": "tokens", "max_length": 20},
+            encoder={"kind": "transformer", "model": "bert", "checkpointing": True},
+            head={"fan_in": 6},
+            train={"batch_size": 32, "schedule": "constant", "warmup_steps": 0, **train},
+        )
+        torch.manual_seed(3)
+        head = ClassifierHead.from_config(16, 7, options.head, options.classifier_optimizer)
+        tokenizer = TextTokenizer.__new__(TextTokenizer)  # no texts take part
+        model = XMCModel(options, tokenizer, [], encoder, head)
+        trainer = Trainer(model.train(), options, Dataset(store, labels), None)
+        log = RunLog(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", 0)
+        losses = [trainer.run_step(work, log, measure=False).loss for work in trainer.steps(0, 0)]
+        log.close()
+        return losses, model.weights(), trainer._passes
+
+    losses, weights, _ = trained({})
+    limited, found, passes = trained({"memory_limit": "250kB"})
+    assert passes is not None
+    sizes = passes.state()["searches"]
+    assert all(search["chosen"] < 32 for _, search in sizes if search["chosen"] is not None)
+    assert max(width for width, _ in sizes) == 20  # and not 24: as long as texts may be
+    torch.testing.assert_close(limited, losses, rtol=1e-5, atol=0)
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-3, atol=3e-5, msg=name)
 
 
 def test_widths_are_rounded_up_to_few() -> None:
