@@ -58,4 +58,4 @@ class TrainingProgress:
         """Keep the scores in the bar and print them as a line of their own."""
         self._scores = f"P@1 {100 * values['P@1']:.1f}"
         line = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
-        self._console.print(f"epoch {epoch:>3}  {line}", highlight=False)
+        self._console.print(f"epoch {epoch:>3}  {line}", highlight=False, soft_wrap=True)
