@@ -5,7 +5,7 @@ holds what the C library has not given back, and it differs from run to run. `Al
 counts the tensors that operations make, which is the same number in every run, on every system,
 and lets a limit stop the work before memory is gone. It sees what autograd saves, gradients, and
 temporaries between operations; it does not see memory inside a single operation (work space of a
-library, buffers of a compiled kernel).
+library, buffers of a compiled kernel, all of a model under torch.compile).
 """
 
 from __future__ import annotations
@@ -119,5 +119,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether less work at a time might go well: a device's, a limit's or the system's refusal."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # What torch's CPU allocator says has no class of its own.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # What torch's CPU allocator says has no class of its own; the second is its Windows wording.
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in text or "not enough memory" in text

@@ -88,7 +88,7 @@ def micro_step(
             BatchNorm, and the synchronisation of gradients, once a step. A loss that is a module is
             known.
         device: where to compute; micro-batches are copied there, on CUDA the next one while the
-            present one is computed. By default the batch is where it should be.
+            present one is computed. By default they stay where the batch is.
         scaler: of float16; the gradient is that of `scaler.scale(loss)`.
         exact_batch_norm: normalise by the statistics of the whole batch, gradient included, at the
             price of 2 N + 1 passes for N BatchNorms in training. Needs sizes in numbers.
@@ -103,11 +103,13 @@ def micro_step(
     work = _Work(model, loss, _ends(weights, rows), scaler)
     trained = [part for part in [model, loss, *modules] if isinstance(part, nn.Module)]
     where = _device(device, both, trained)
-    copies = Copies(where) if device is None else make_copies(where)
+    copies = make_copies(device)
     if isinstance(size, AutoSize):
         if exact_batch_norm:
             raise ValueError("expected sizes in numbers with exact_batch_norm, got an AutoSize")
-        return _automatic(work, both, rows, size, trained, copies)
+        step = _automatic(work, both, rows, size, trained, where, copies)
+        warn_of_batch_norm(trained, step.sizes)
+        return step
     sizes = _sizes(size, rows)
     slices = [part for part in _slices(sizes) if work.share(part) > 0]
     wrappers = synchronizers(trained)
@@ -179,6 +181,7 @@ def _automatic(
     rows: int,
     sizes: AutoSize,
     trained: list[nn.Module],
+    where: torch.device,
     copies: Copies,
 ) -> MicroStep:
     """Micro-batches as large as memory allows, the failed ones done again in parts."""
@@ -189,9 +192,9 @@ def _automatic(
         )
     if not trained:
         raise ValueError("expected modules to say what an AutoSize is to undo, got a function")
-    limit = sizes.limit_on(copies.device)
+    limit = sizes.limit_on(where)
     leaves = [t for _, t in tensors(both) if t.requires_grad and t.is_leaf]
-    undo = Undo(trained, _drawing(copies.device), leaves)
+    undo = Undo(trained, _drawing(where), leaves)
     shape = tuple((tuple(t.shape[1:]), t.dtype) for _, t in tensors(both))
     ahead = AheadCopies(lambda start, stop: rows_between(both, start, stop), rows, copies)
     done: list[int] = []
@@ -203,7 +206,7 @@ def _automatic(
             known = sizes.settled(len(part), shape)
             allowed = None if known else max(1, limit - undo.gradient_bytes())
             try:
-                result = _attempt(work, ahead, part, undo, copies.device, allowed)
+                result = _attempt(work, ahead, part, undo, where, allowed)
             except (MemoryError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     error.add_note(f"a micro-batch of one row does not fit into {limit:,} bytes")
@@ -218,7 +221,6 @@ def _automatic(
                 sizes.succeeded(len(part), peak + undo.gradient_bytes(), shape)
         done.append(len(part))
         start = part.stop
-    warn_of_batch_norm(trained, done)
     return MicroStep(_total(values), tuple(done))
 
 

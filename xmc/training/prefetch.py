@@ -97,12 +97,13 @@ class _Slot:
 class Copies:
     """Begins copies (`start`) and hands them to the computing stream (`take`).
 
-    Without an engine the device is reached by `Tensor.to`, which on the CPU copies nothing. At most
-    two may be in flight. A copy that was started and is not wanted is just dropped.
+    Without an engine the device is reached by `Tensor.to`, which on the CPU copies nothing; without
+    a device everything stays where it is. At most two may be in flight. A copy that was started and
+    is not wanted is just dropped.
     """
 
-    def __init__(self, device: torch.device | str, engine: Engine | None = None) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str | None, engine: Engine | None = None) -> None:
+        self._device = None if device is None else torch.device(device)
         self._engine = engine
         self._slots = [_Slot() for _ in range(_SLOTS)]
         self._next = 0
@@ -114,14 +115,16 @@ class Copies:
 
     def start(self, part: Any) -> InFlight:
         """Begin the copy of a structure (`xmc.training.chunks`)."""
-        engine = self._engine
+        engine, device = self._engine, self._device
+        if device is None:
+            return InFlight(part)
         if engine is None:
-            return InFlight(map_tensors(part, lambda tensor: tensor.to(self.device)))
+            return InFlight(map_tensors(part, lambda tensor: tensor.to(device)))
         slot = self._slots[self._next]
         self._next = (self._next + 1) % _SLOTS
         if slot.event is not None:
             slot.event.synchronize()  # the device has read what the buffer held
-        copied = map_tensors(part, _Copier(engine, slot, part, self.device))
+        copied = map_tensors(part, _Copier(engine, slot, part, device))
         slot.event = engine.record()
         return InFlight(copied, slot.event)
 
@@ -185,8 +188,10 @@ class AheadCopies:
         self._begun = None
 
 
-def make_copies(device: torch.device | str) -> Copies:
-    """Overlapping on CUDA, plain elsewhere."""
+def make_copies(device: torch.device | str | None) -> Copies:
+    """Overlapping on CUDA, plain elsewhere, none for None."""
+    if device is None:
+        return Copies(None)
     device = torch.device(device)
     return Copies(device, CudaEngine(device) if device.type == "cuda" else None)
 
