@@ -275,6 +275,7 @@ def sigmoid_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.sigmoid_loss`; the same bits for any number of threads."""
     engine = Engine(q, k, scale, pairs, want_q, want_k)
+    engine.fields["decoupled"] = True
     row_loss, row_bias = (torch.zeros(len(q), dtype=torch.float64) for _ in range(2))
     fields = {"row_weight": row_weight.contiguous(), "row_loss": row_loss, "row_bias": row_bias}
     for place in engine.places(tile):

@@ -239,7 +239,10 @@ def gradients():
 
 @functools.cache
 def sigmoid_gradients():
-    """Overwrite a tile of scores with `dL/dS` of the sigmoid loss; add up loss and dL/dbias."""
+    """Overwrite a tile of scores with `dL/dS` of the sigmoid loss; add up loss and dL/dbias.
+
+    `decoupled` takes designated pairs out of the vectors: they are done one by one.
+    """
 
     @kernel(ARGUMENTS)
     def similarity_sigmoid(arguments):
@@ -261,19 +264,22 @@ def sigmoid_gradients():
                 value, slopes = (zero, zero), zero
                 for first in range(0, a.stride, 32 * LANES):
                     for j in range(first, min(first + 32 * LANES, a.stride), LANES):
-                        logit = add(load(zero, tile, base + j), bias)
-                        slope, value = bce(logit, value)
-                        slope = select_negative(add(logit, negligible), zero, slope)
-                        slopes = add(slopes, slope)
-                        store(tile, base + j, mul(weight, slope))
+                        z = add(load(zero, tile, base + j), bias)
+                        sigmoid, value = bce(z, value)
+                        sigmoid = select_negative(add(z, negligible), zero, sigmoid)
+                        slopes = add(slopes, sigmoid)
+                        store(tile, base + j, mul(weight, sigmoid))
                     value = settled(value)
                 total = np.float64(hsum(sum_of_value(value)))
                 slope_total = np.float64(hsum(slopes))
                 for entry in range(start, stop):
-                    # softplus(-z) = softplus(z) - z
-                    total -= np.float64(positive[entry]) + np.float64(a.bias)
-                    slope_total -= 1
-                    tile[base + indices[entry] - a.first_column] -= row_weight[row]
+                    logit = np.float64(positive[entry]) + np.float64(a.bias)
+                    e = np.exp(-abs(logit))
+                    total += np.log1p(e) + max(-logit, 0.0)
+                    slope = (e if logit > 0 else 1.0) / (1.0 + e)
+                    slope_total -= slope
+                    at = base + indices[entry] - a.first_column
+                    tile[at] = -row_weight[row] * np.float32(slope)
                 row_loss[row] += total
                 row_bias[row] += slope_total
             strip = next_share(arguments)
