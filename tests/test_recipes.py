@@ -202,3 +202,25 @@ def test_dry_run_on_data_of_the_same_shape(tiny_bert: Path, tmp_path: Path, name
     best = model.topk(answers, 5)
     assert len(set(best.labels[0].tolist())) == 5
     assert bool(torch.isfinite(best.scores).all())
+
+
+@pytest.mark.parametrize("name", ["oewn_glosses_dual", "quickstart_dual"])
+def test_dry_run_of_a_dual_encoder(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    """Sizes scaled down, all else as shipped; the classes of documents are found by their text."""
+    run = tmp_path / "run"
+    overrides = [
+        "features.hash_bits=12",
+        "encoder.dim=32",
+        "train.batch_size=64",
+        "train.validation=0.1",
+        "negatives.pool=4",
+    ]
+    xmc.train(name, data=tiny_data, out=run, overrides=overrides, cache=tmp_path / "cache")
+    config = load_recipe(name)
+    assert config.train.objective == "contrastive"
+    events = read_log(run / "log.jsonl")
+    found = [event["R@10"] for event in events if event["event"] == "validation"]
+    assert len(found) == config.train.epochs
+    assert max(found) > 0.8 > 10 / 30  # of chance
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[-1]["loss"] < math.log(30)
