@@ -63,8 +63,9 @@ class AutoSize:
     The first micro-batches of real work are the measurements: `first` rows, then up to eight times
     as many, then what the line through both allows within 90% of `limit`, which counts as settled
     once it has run. A size that runs out of memory is halved, and nothing from it on is tried
-    again. Every shape of rows (longer texts, say) is searched for itself. The sizes depend on
-    the measurements alone: with `xmc.training.byte_meter` on a CPU they repeat from run to run.
+    again. Every shape of rows (longer texts, say) is searched for itself; those of a `Bag` have
+    none, so that bags much fuller than the first may take more than was measured. The sizes depend
+    on the measurements alone: with `xmc.training.byte_meter` on a CPU they repeat from run to run.
 
     Args:
         limit: bytes that a micro-batch may take, beyond what is there before it. None, on CUDA
