@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmc.training.cached import cached
+from xmc.training.chunks import Chunks
 
 D = 5
 
@@ -107,3 +108,21 @@ def test_errors_are_those_of_a_cached_step() -> None:
         cached(chunk=0)(tower())(torch.ones(3, D))
     with pytest.raises(TypeError, match="expected a tensor of representations from the encoder"):
         cached(chunk=2)(lambda x: [x])(torch.ones(3, D))
+
+
+def test_chunks_that_are_cut_already_go_in_one_by_one() -> None:
+    model, twin = tower().eval(), tower().eval()
+    twin.load_state_dict(model.state_dict())
+    q, k = torch.randn(10, D).double(), torch.randn(12, D).double()
+    seen = []
+
+    def encode(*, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return model(x)
+
+    parts = Chunks([{"x": part} for part in (*q.split(4), *k.split(6))])
+    reps = cached(chunk=1)(encode)(parts)
+    contrast(reps[:10], reps[10:]).backward()
+    contrast(twin(q), twin(k)).backward()
+    assert seen == [4, 4, 2, 6, 6] * 2
+    assert_same(model, twin)

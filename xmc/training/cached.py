@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xmc.training.autocast import Autocast
-from xmc.training.chunks import Chunk
+from xmc.training.chunks import Chunk, Chunks
 from xmc.training.encoding import Encoder, Encoding, Getter, modules_of
 from xmc.training.gradient_sync import synchronized
 
@@ -33,7 +33,8 @@ def cached(
     computes the gradient of `xmc.training.grad_cache.cached_step`, with as little memory, whatever
     stands between the representations and the loss. All arguments are cut into `chunk` rows, as
     `xmc.training.chunks` says; modules and flags go into every chunk. `cached(chunk=64)(model)`
-    does the same for a module.
+    does the same for a module. A `Chunks` as the only argument is cut already; each of its parts
+    goes into `encode` as in `cached_step`.
 
     The differences to `cached_step`: no kept graphs; each call synchronises the gradients of a
     wrapped module once, two calls twice; `backward()` fills the parameters, while
@@ -44,9 +45,10 @@ def cached(
     def decorate(encode: Encoder) -> Callable[..., Tensor]:
         def encode_in_chunks(*args: Any, **kwargs: Any) -> Tensor:
             given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, nn.Module)]
+            is_cut = len(args) == 1 and not kwargs and isinstance(args[0], Chunks)
             encoding = Encoding(
-                lambda args, kwargs: encode(*args, **kwargs),
-                (args, kwargs),
+                encode if is_cut else lambda args, kwargs: encode(*args, **kwargs),
+                args[0] if is_cut else (args, kwargs),
                 chunk=chunk,
                 rep=rep,
                 modules=[*modules_of(encode), *given, *modules],

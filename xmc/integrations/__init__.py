@@ -1,0 +1,1 @@
+"""Parts of this toolkit in the shape that other libraries expect; none is imported here."""
