@@ -27,13 +27,10 @@ def diagonal(num_queries: int, num_keys: int) -> Tensor:
 
 
 def masked_pairs(positive: Tensor, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
-    """Which pairs of equal ids are not positives, pair by pair."""
-    out = torch.zeros(positive.shape, dtype=torch.bool)
-    if query_ids is not None and key_ids is not None:
-        for i, own in enumerate(query_ids.tolist()):
-            for j, other in enumerate(key_ids.tolist()):
-                out[i, j] = own == other and not bool(positive[i, j])
-    return out
+    """Which pairs of equal ids are not positives."""
+    if query_ids is None or key_ids is None:
+        return torch.zeros(positive.shape, dtype=torch.bool)
+    return (query_ids[:, None] == key_ids[None, :]) & ~positive.bool()
 
 
 def _direction(scores: Tensor, positive: Tensor, allowed: Tensor, weights: Tensor) -> Tensor:
