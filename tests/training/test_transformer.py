@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import sys
 from functools import partial
@@ -259,3 +260,39 @@ def test_where_a_transformer_comes_from(tmp_path: Path) -> None:
             model_folder(source)
     with pytest.raises(DataError, match="expected a folder or hub name with a tokenizer"):
         prepare_data(recipe(f"encoder.model={tmp_path}/nowhere"), tmp_path, tmp_path)
+
+
+def test_a_dual_encoder_of_transformers_lends_its_encoder(
+    runs: ModuleType, tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Titles of one word each, told from others in chunks of 24; then a classifier's start."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    titles = "".join(f'{{"uid": "{n}", "title": "noise{170 + n}"}}\n' for n in range(30))
+    (data / "lbl.json.gz").write_bytes(gzip.compress(titles.encode()))
+    tokens = [*BASICS[:4], f"encoder.model={tiny_bert}", "features.pad_multiple=4"]
+    overrides = [
+        *tokens,
+        "train.batch_size=80",
+        "train.epochs=8",
+        "encoder_optimizer.lr=0.003",
+        "contrastive.chunk=24",
+        "contrastive.encoders=separate",
+        "encoder.autocast=bfloat16",
+    ]
+    recipe = load_recipe("quickstart_dual", overrides)
+    run = runs.train(recipe, data, tmp_path)
+    found = [event["R@10"] for event in runs.events(run, "validation")]
+    assert max(found) > 0.6 > 10 / 30  # of chance
+    model = load_model(run / "model")
+    assert model.retrieval.label_tower is not None
+    answer = xmc.Predictor.load(run).predict(["word2 word2"], k=30)[0]
+    assert len({label for label, _ in answer}) == 30
+    # Its documents' encoder is where a classifier starts.
+    options = load_recipe("quickstart", [*tokens[:4], "head.fan_in=16", f"encoder.model={run}"])
+    features, train_set, _ = prepare_data(options, data, None)
+    classifier = build_model(
+        options, features, model.labels, label_shares=train_set.label_frequencies() / 1000
+    )
+    mine, theirs = classifier.encoder.state_dict(), model.encoder.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
