@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertConfig, BertModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -527,6 +530,48 @@ def test_token_budgets_and_ready_chunks_are_exact(chunk: TokenBudget) -> None:
     parts = Chunks([k.slice(0, 4), k.slice(4, 5), k.slice(5, 9)])
     cached_step([encoder, encoder], [q, parts], contrast, chunk=[chunk, 1])
     assert_same(gradients(encoder), gradients(twin), 1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.tuples(st.integers(1, 9), st.integers(9, 12)),
+    chunk=st.integers(1, 13),
+    kept=st.integers(0, 5),
+    tied=st.booleans(),
+)
+def test_any_sizes_are_exact(rows: tuple[int, int], chunk: int, kept: int, tied: bool) -> None:
+    f = Tower().double()
+    g = f if tied else Tower().double()
+    twins = copy.deepcopy([f, g])
+    inputs = [torch.randn(n, D).double() for n in rows]
+    torch.manual_seed(1)
+    plain_step(twins, inputs, contrast, size=chunk)
+    torch.manual_seed(1)
+    cached_step([f, g], inputs, contrast, chunk=chunk, kept=kept)
+    assert_same(gradients(f, g), gradients(*twins), 1e-12)
+
+
+def test_chunks_that_are_loaded_when_asked_for_are_not_held() -> None:
+    encoder, x = Tower().eval(), torch.randn(8, D)
+    twin = copy.deepcopy(encoder)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Loader(Sequence[Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: Any) -> Tensor:
+            nonlocal most
+            loaded = x[2 * index : 2 * index + 2].clone()
+            alive.append(weakref.ref(loaded))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return loaded
+
+    contrast(twin(x), twin(x)).backward()
+    cached_step([encoder, encoder], [Chunks(Loader()), x], contrast, chunk=2, kept=0)
+    assert_same(gradients(encoder), gradients(twin), 1e-6)
+    assert most == 1
 
 
 class Saved:

@@ -38,10 +38,9 @@ class Encoding:
         self._encoder = encoder
         self._rep = rep
         self._parts = cut(inputs, chunk)
-        with torch.enable_grad():
-            given = [tensor for _, tensor in tensors(inputs)] or [
-                tensor for _, tensor in tensors(self._parts[0])
-            ]
+        held = [tensor for _, tensor in tensors(inputs)]
+        # Chunks that are loaded when asked for are not held: the first speaks for all.
+        given = held or [tensor for _, tensor in tensors(self._parts[0])]
         if any(tensor.requires_grad and not tensor.is_leaf for tensor in given):
             raise ValueError(
                 f"expected inputs of {name} that are leaves or need no gradient, got the result of "
@@ -51,9 +50,9 @@ class Encoding:
         self.wrappers = synchronizers(self.modules)
         parameters = [p for module in self.modules for p in module.parameters()]
         # Without a module to look into, an encoder may well be trained.
-        self.tensors = [*given, *parameters]  # there before any chunk was run
-        self.needs_grad = not self.modules or any(t.requires_grad for t in self.tensors)
-        self.devices = {tensor.device for tensor in self.tensors}
+        self.needs_grad = not self.modules or any(t.requires_grad for t in [*given, *parameters])
+        self.devices = {tensor.device for tensor in [*given, *parameters]}
+        self.tensors = [*held, *parameters]  # there whether a chunk is run or not
         self.recorder = Recorder(self.modules, self.devices)
         self._states: dict[int, State] = {}
         self._graphs: dict[int, Tensor] = {}

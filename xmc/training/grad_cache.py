@@ -4,7 +4,7 @@ A loss over all pairs of a batch needs all representations at once, but not the 
 given the gradient of every representation, chunks of the batch go through the encoder and back one
 at a time. Source: Gao, Zhang, Han, Callan, Scaling Deep Contrastive Learning Batch Size under
 Memory Limited Setup, arXiv 2101.06983, sections 3.2 to 3.4; its section 5 is
-`xmc.training.deep_distance`.
+`xmc.training.deep_distance`. `xmc.training.grad_check` tells whether an encoder can be run again.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ def forward(encodings: list[Encoding], jobs: list[Job], *, kept: int, keep_bytes
         if encodings[which].needs_grad and not (index == 0 and encodings[which].wrappers)
     ]
     budget = _Budget(keep_bytes)
-    last = set(able[max(len(able) - kept, 0) :])
+    last, fit = set(able[max(len(able) - kept, 0) :]), set(able)
     graphs = []
     with_graph = False
     for job in jobs:
         which, index = job
-        measured = keep_bytes > 0 and job in able and budget.has_room()
+        measured = keep_bytes > 0 and job in fit and budget.has_room()
         if with_graph != (measured or job in last):
             with_graph = not with_graph
             # Weights that autocast has cast without a graph would take no gradient in one.
