@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from xmc.config import Config
 from xmc.data.batches import Dataset
 from xmc.data.label_store import LabelTexts
 from xmc.data.pairs import Pairs, epoch_pairs, trainable_labels
-from xmc.data.progress import track
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.losses import info_nce
 from xmc.model import XMCModel
@@ -25,6 +23,7 @@ from xmc.training.grad_cache import cached_step
 from xmc.training.log import RunLog
 from xmc.training.loop import StepReport, TrainingError
 from xmc.training.mining import document_tower, embed_labels_, label_tower, mine, mining_is_due
+from xmc.training.progress import Track, untracked
 from xmc.training.schedule import lr_factor
 
 _KS = (1, 3, 5, 10, 100)
@@ -65,6 +64,7 @@ class DualTrainer:
         self.steps_per_epoch = math.ceil(self.num_rows / options.batch_size)
         self.total_steps = options.epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
+        self.track: Track = untracked
         self.mined: Tensor | None = None  # [N, pool] int32, wrong labels near each row
         self._embedded_at = -1  # the step whose weights the embeddings are of
 
@@ -81,7 +81,7 @@ class DualTrainer:
                 self.train_set,
                 self.config.negatives,
                 batch_size=self.config.train.eval_batch_size,
-                track=partial(track, description="Mining negatives"),
+                track=self.track,
             )
         yield from epoch_pairs(
             self.labels,
@@ -165,7 +165,7 @@ class DualTrainer:
             self.model,
             self.label_texts,
             batch_size=self.config.train.eval_batch_size,
-            track=partial(track, description="Embedding labels"),
+            track=self.track,
         )
         self._embedded_at = self.step
 

@@ -19,7 +19,7 @@ from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
 from xmc.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from xmc.training.log import RunLog
-from xmc.training.progress import TrainingProgress
+from xmc.training.progress import Track, TrainingProgress
 
 _LOG_EVERY = 20  # optimizer steps per log line
 
@@ -53,6 +53,7 @@ class Task(Protocol):
     step: int  # optimizer steps taken
     steps_per_epoch: int
     total_steps: int
+    track: Track  # shows work between two steps; set by the loop
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -118,6 +119,7 @@ class TrainingLoop:
                 TrainingProgress(task.total_steps, task.step, self._show_progress) as progress,
                 self._signals(),
             ):
+                task.track = progress.track
                 while task.step < task.total_steps and not self.stopped_early:
                     self._epoch(log, progress)
             log.write("end", step=task.step, seconds=round(self.seconds, 3), **self.best)

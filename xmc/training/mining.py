@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,8 @@ from xmc.data.label_store import LabelTexts
 from xmc.heads.retrieval import RetrievalHead
 from xmc.model import XMCModel
 from xmc.nn.tower import Tower
+from xmc.training.progress import Track, untracked
 from xmc.types import SparseLabels
-
-Track = Callable[[Sequence[int]], Iterable[int]]
 
 
 def mining_is_due(options: NegativesConfig, epoch: int) -> bool:
@@ -26,7 +23,7 @@ def mining_is_due(options: NegativesConfig, epoch: int) -> bool:
 
 @torch.no_grad()
 def embed_labels_(
-    model: XMCModel, texts: LabelTexts, *, batch_size: int, track: Track = iter
+    model: XMCModel, texts: LabelTexts, *, batch_size: int, track: Track = untracked
 ) -> None:
     """Give the head the embeddings of all labels that have a text; others stay 0.
 
@@ -40,7 +37,7 @@ def embed_labels_(
     training = tower.training
     tower.eval()
     try:
-        for start in track(range(0, len(rows), batch_size)):
+        for start in track(range(0, len(rows), batch_size), "labels"):
             chosen = rows[start : start + batch_size]
             embeddings[chosen.to(device)] = tower(texts.features.rows(chosen).to(device)).float()
     finally:
@@ -55,7 +52,7 @@ def mine(
     options: NegativesConfig,
     *,
     batch_size: int,
-    track: Track = iter,
+    track: Track = untracked,
 ) -> Tensor:  # [N, pool] int32
     """The nearest labels of each row that are none of its own nor filtered; -1 for none.
 
@@ -64,7 +61,7 @@ def mine(
     head = model.retrieval
     device = head.embeddings.device
     found = torch.full((len(data), options.pool), -1, dtype=torch.int32)
-    for start in track(range(0, len(data), batch_size)):
+    for start in track(range(0, len(data), batch_size), "negatives"):
         batch = data.batch(torch.arange(start, min(start + batch_size, len(data)))).to(device)
         wrong = batch.labels if batch.exclude is None else _joined(batch.labels, batch.exclude)
         best = head.topk(model.reps(batch.inputs), options.skip + options.pool, wrong)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Passes items on while their number is shown under a description."""
+
+
+def untracked(items: Sequence[T], description: str) -> Sequence[T]:
+    """The items, and nothing shown."""
+    return items
 
 
 class TrainingProgress:
@@ -17,7 +27,7 @@ class TrainingProgress:
         self._show = show and console.is_terminal
         self._console = console
         self._progress = Progress(
-            TextColumn("train"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -53,6 +63,16 @@ class TrainingProgress:
             f"{memory_bytes / 2**30:.2f} GiB  {self._scores}"
         )
         self._progress.update(self._task, advance=1, numbers=numbers)
+
+    def track(self, items: Sequence[T], description: str) -> Iterator[T]:
+        """Pass the items on while a bar of their own shows how many: for work between two steps."""
+        task = self._progress.add_task(description, total=len(items), numbers="")
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
 
     def validation(self, epoch: int, values: dict[str, float]) -> None:
         """Keep the scores in the bar and print them as a line of their own."""
