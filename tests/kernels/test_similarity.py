@@ -208,6 +208,17 @@ def test_tiles_change_nothing_but_rounding(kind, case) -> None:
     torch.testing.assert_close(*recalls, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["rows", "symmetric", "decoupled ids"])
+def test_tiles_kept_between_passes_are_those_computed_again(kind, case, monkeypatch) -> None:
+    c = case(130, 75, 17, kind)
+    arguments = (*c.arguments(torch.float32, 50), "decoupled" in kind, True, True)
+    want = cpu.softmax_loss(*arguments, tile=32)
+    for numbers in (0, 2000, 4000, 8000):
+        monkeypatch.setattr(cpu, "KEPT", numbers)
+        for got, expected in zip(cpu.softmax_loss(*arguments, tile=32), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_bit_for_bit_on_any_number_of_threads(dtype, case) -> None:
     c = case(600, 530, 64, "ids")

@@ -106,10 +106,10 @@ class Engine:
                 "last_same": torch.searchsorted(ids, wanted, right=True),
             }
 
-    def places(self, tile: int) -> Iterator[Place]:
+    def places(self, height: int, width: int) -> Iterator[Place]:
         """All tiles, row by row."""
-        for rows in blocks(len(self.q), tile):
-            for columns in blocks(len(self.k), tile):
+        for rows in blocks(len(self.q), height):
+            for columns in blocks(len(self.k), width):
                 yield Place(rows.start, rows.stop, columns.start, columns.stop)
 
     def keys(self, place: Place) -> Tensor:  # [stride, D]
@@ -207,10 +207,11 @@ def softmax_loss(
     rows, columns = Sums.nothing(len(q)), Sums.nothing(padded(len(k)))
     queries = torch.arange(len(q)).repeat_interleave(pairs.indptr.diff())
     target, value = row_target.clone(), 0.0
-    places, kept = list(engine.places(tile)), dict[Place, Tensor]()
     room = KEPT if want_q or want_k else 0
     # Only columns need all tiles before the first gradient. Without them a row of tiles is done
-    # at a time, and those that are still at hand are not computed again.
+    # at a time, so low that most of it is still at hand and not computed again.
+    height = tile if columns_too else max(tile // 4, min(tile, KEPT // len(k)), 1)
+    places, kept = list(engine.places(height, tile)), dict[Place, Tensor]()
     group = len(places) if columns_too else -(-len(k) // tile)
     for start in range(0, len(places), max(group, 1)):
         own = places[start : start + group]
@@ -278,7 +279,7 @@ def sigmoid_loss(
     engine.fields["decoupled"] = True
     row_loss, row_bias = (torch.zeros(len(q), dtype=torch.float64) for _ in range(2))
     fields = {"row_weight": row_weight.contiguous(), "row_loss": row_loss, "row_bias": row_bias}
-    for place in engine.places(tile):
+    for place in engine.places(tile, tile):
         s = engine.scores(place)
         engine.sweep(sweeps.sigmoid_gradients(), place, s, **fields, bias=float(bias))
         if want_q or want_k:
