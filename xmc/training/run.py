@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
 from xmc.heads.order import label_order
 from xmc.model import XMCModel, build_model, load_model, save_model
+from xmc.nn.clusters import Clusters
 from xmc.runs import read_run
 from xmc.training.auxiliary import make_auxiliary
 from xmc.training.clusters import CLUSTERS_FILE, find_clusters, load_clusters
@@ -68,26 +70,52 @@ def train(
     device = _device(config.train.device)
     features, train_set, validation_set = prepare_data(config, data, cache)
     labels = read_labels(data)
-    if config.train.objective == "contrastive":
-        return _train_dual(
-            *(config, data, out, features, labels, train_set, validation_set, device),
-            resume=resume,
-            cache=cache,
-            show_progress=show_progress,
-        )
-    rows = train_set  # what is trained on: its statistics are those of the documents alone
-    if config.train.label_texts:
-        rows = with_label_texts(train_set, data, features, cache=cache)
+    setup = _Setup(config, data, features, labels, train_set, validation_set, device, cache)
     record = _record(config, data, train_set, validation_set)
-    record["label_text_rows"] = len(rows) - len(train_set)
     if resume:
         _check_same_data(out, record)
     clusters = load_clusters(config, out) if resume else find_clusters(config, train_set, labels)
     torch.manual_seed(config.train.seed)
+    trainer: Trainer | DualTrainer
+    if config.train.objective == "contrastive":
+        trainer, more = _dual_trainer(setup)
+    else:
+        trainer, more = _classifier_trainer(setup, clusters)
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        if clusters is not None:
+            clusters.save(out / CLUSTERS_FILE)
+        save_model(trainer.model, out / "model")
+        write_json(out / "run.json", record | more)
+    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
+    del trainer  # with model and moments, before the best epoch is loaded
+    return load_model(out / "model")
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What any training starts from."""
+
+    config: Config
+    data: Path
+    features: Features
+    labels: list[str]
+    train_set: Dataset
+    validation_set: Dataset | None
+    device: torch.device
+    cache: str | Path | None
+
+
+def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Trainer, dict[str, Any]]:
+    """With a fresh model, and what the run's record says of its rows."""
+    config, train_set = setup.config, setup.train_set
+    rows = train_set  # what is trained on: its statistics are those of the documents alone
+    if config.train.label_texts:
+        rows = with_label_texts(train_set, setup.data, setup.features, cache=setup.cache)
     model = build_model(
         config,
-        features,
-        labels,
+        setup.features,
+        setup.labels,
         label_shares=_label_shares(train_set),
         positive_weight=_positive_weight(config.head, train_set),
         order=label_order(
@@ -96,57 +124,26 @@ def train(
             clusters=clusters,
             seed=config.train.seed,
         ),
-    )
-    model.to(device)
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        if clusters is not None:
-            clusters.save(out / CLUSTERS_FILE)
-        save_model(model, out / "model")
-        write_json(out / "run.json", record)
+    ).to(setup.device)
+    width = model.encoder.out_features
     trainer = Trainer(
         model,
         config,
         rows,
-        validation_set,
+        setup.validation_set,
         # Held by the trainer alone, which drops it at the cut-off.
-        auxiliary=make_auxiliary(config, clusters, train_set, model.encoder.out_features, device),
+        auxiliary=make_auxiliary(config, clusters, train_set, width, setup.device),
     )
-    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
-    del trainer, model  # with their moments, before the best epoch is loaded
-    return load_model(out / "model")
+    return trainer, {"label_text_rows": len(rows) - len(train_set)}
 
 
-def _train_dual(
-    config: Config,
-    data: Path,
-    out: Path,
-    features: Features,
-    labels: list[str],
-    train_set: Dataset,
-    validation_set: Dataset | None,
-    device: torch.device,
-    *,
-    resume: bool,
-    cache: str | Path | None,
-    show_progress: bool,
-) -> XMCModel:
-    """`train` for a dual encoder."""
-    texts = load_label_texts(data, features, cache=cache)
-    torch.manual_seed(config.train.seed)
-    model = build_model(config, features, labels).to(device)
-    trainer = DualTrainer(model, config, train_set, validation_set, texts)
-    record = _record(config, data, train_set, validation_set)
-    record |= {"label_texts": int(texts.known.sum()), "trained_rows": trainer.num_rows}
-    if resume:
-        _check_same_data(out, record)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        save_model(model, out / "model")
-        write_json(out / "run.json", record)
-    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
-    del trainer, model
-    return load_model(out / "model")
+def _dual_trainer(setup: _Setup) -> tuple[DualTrainer, dict[str, Any]]:
+    """With a fresh model, and what the run's record says of its rows."""
+    config = setup.config
+    texts = load_label_texts(setup.data, setup.features, cache=setup.cache)
+    model = build_model(config, setup.features, setup.labels).to(setup.device)
+    trainer = DualTrainer(model, config, setup.train_set, setup.validation_set, texts)
+    return trainer, {"label_texts": int(texts.known.sum()), "trained_rows": trainer.num_rows}
 
 
 def prepare_data(
