@@ -20,14 +20,16 @@ from xmc.data.tokens import Padding, TextTokenizer
 from xmc.heads.classifier import ClassifierHead
 from xmc.memory import peak_memory_bytes, resident_bytes
 from xmc.model import XMCModel, build_model
+from xmc.nn.encoder import BagEncoder
 from xmc.nn.transformer import TransformerEncoder
 from xmc.training import passes as passes_module
 from xmc.training.byte_meter import AllocationMeter, MemoryLimitError
+from xmc.training.encoder_optimizer import coalesce_gradient_
 from xmc.training.log import RunLog
 from xmc.training.passes import FittingPasses, rounded_width
 from xmc.training.run import prepare_data
 from xmc.training.trainer import Trainer
-from xmc.types import Batch, SparseLabels, Tokens
+from xmc.types import Bag, Batch, SparseLabels, Tokens
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -49,7 +51,9 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let limits be those of the passes alone: that of a test's process is nobody's business."""
     monkeypatch.setattr(passes_module, "resident_bytes", lambda: 0)
     monkeypatch.setattr(passes_module, "_CPU_SHARE", 1.0)
-    monkeypatch.setattr(Trainer, "_untouched_bytes", lambda self: 0)
+    monkeypatch.setattr(passes_module, "_CPU_SHARE_OF_ONE", 1.0)
+    monkeypatch.setattr(Trainer, "untouched_bytes", lambda self: 0)
+    monkeypatch.setattr(Trainer, "several_bytes", lambda self, rows: 0)
 
 
 def assert_alike(run: Path, other: Path, runs: ModuleType) -> None:
@@ -175,6 +179,7 @@ def test_a_step_that_runs_out_of_memory_begins_again(
     trainer._passes.cut(torch.arange(10))
     assert trainer._passes._sizes is not None
     trainer._passes._sizes.ran_out(128, 0)  # so that a step has two passes
+    trainer._passes._whole[128] = False
     for step in range(2):
         random = torch.get_rng_state()
         work = next(truth.steps(0, step))
@@ -225,20 +230,31 @@ def token_set(widths: list[int]) -> Dataset:
 
 @pytest.mark.usefixtures("no_process")
 def test_longer_texts_get_smaller_passes() -> None:
-    """1000 bytes a token, 100 kB: every pass fits at the width that it is padded to."""
+    """1000 bytes a token, 100 kB left of 130: every pass fits at the width it is padded to."""
     trials: list[tuple[int, int]] = []
 
-    def trial(batch: Batch) -> None:
-        assert isinstance(batch.inputs, Tokens)
-        trials.append((batch.inputs.ids.shape[1], len(batch)))
-        torch.zeros(250, *batch.inputs.ids.shape)
+    class Fake:
+        def trial(self, batch: Batch) -> None:
+            assert isinstance(batch.inputs, Tokens)
+            trials.append((batch.inputs.ids.shape[1], len(batch)))
+            torch.zeros(250, *batch.inputs.ids.shape)
+
+        def untouched_bytes(self) -> int:
+            return 10_000
+
+        def several_bytes(self, rows: torch.Tensor) -> int:
+            return 20_000
+
+        def single_saving(self) -> int:
+            return 0
 
     def make(widths: list[int], widest: int) -> FittingPasses:
-        options = {"limit": 100_000, "most": 1000, "widest": widest, "untouched": lambda: 0}
         device = torch.device("cpu")
-        return FittingPasses(token_set(widths), device, trial=trial, **options)  # type: ignore[arg-type]
+        return FittingPasses(
+            token_set(widths), device, Fake(), limit=130_000, most=1000, widest=widest
+        )
 
-    message = "a pass over one row of 200 tokens takes more than the 100 kB that are left of 100 kB"
+    message = "a pass over one row of 200 tokens takes more than the 100 kB that are left of 130 kB"
     with pytest.raises(ConfigError, match=message):
         make([200], 200).cut(torch.arange(1))
     trials.clear()
@@ -297,7 +313,7 @@ def test_a_transformer_trains_the_same_within_a_limit(tmp_path: Path) -> None:
     losses, weights, _ = trained({})
     limited, found, passes = trained({"memory_limit": "250kB"})
     assert passes is not None
-    sizes = passes.state()["searches"]
+    sizes = passes.state()["sizes"]["searches"]
     assert all(search["chosen"] < 32 for _, search in sizes if search["chosen"] is not None)
     assert max(width for width, _ in sizes) == 20  # and not 24: as long as texts may be
     torch.testing.assert_close(limited, losses, rtol=1e-5, atol=0)
@@ -318,7 +334,10 @@ def test_the_process_counts(tiny_data: Path, tmp_path: Path) -> None:
     trainer = make_trainer(config(train={"memory_limit": "1MB"}), tiny_data, tmp_path)
     trained = sum(p.numel() for p in trainer.model.body.parameters())
     head = trainer.model.head.training_state()
-    assert trainer._untouched_bytes() == 8 * trained + sum(t.nbytes for t in head.values())
+    assert trainer.untouched_bytes() == 8 * trained + sum(t.nbytes for t in head.values())
+    touched = len(set(trainer.train_set.batch(torch.arange(9)).inputs.ids.tolist()))
+    assert trainer.several_bytes(torch.arange(9)) == 3 * touched * 24 * 4
+    assert trainer.single_saving() == 30 * (6 + 1) * 4
     assert trainer._passes is not None
     message = "libraries take .* before any pass, got 1.0 MB"
     with pytest.raises(ConfigError, match=message):
@@ -354,9 +373,48 @@ def test_options_are_checked(train: dict[str, Any], message: str) -> None:
 
 
 def test_a_trial_that_fails_leaves_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(config(), tiny_data, tmp_path)
+    trainer = make_trainer(config(encoder={"dropout": 0.3}), tiny_data, tmp_path)
     batch = trainer.train_set.batch(torch.arange(64))
+    random = torch.get_rng_state()
     with pytest.raises(MemoryLimitError), AllocationMeter(15_000):
-        trainer._trial(batch)
+        trainer.trial(batch)
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in trainer.model.parameters())
     assert trainer.model.head.moments.grad_weight is None  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("no_process")
+def test_bags_that_fit_in_one_pass_are_not_cut(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though several passes, whose gradients are added up, would be refused."""
+    monkeypatch.setattr(Trainer, "several_bytes", lambda self, rows: 10**9)
+    trainer = make_trainer(config(train={"memory_limit": "1MB"}), tiny_data, tmp_path)
+    assert trainer._passes is not None
+    for rows in (torch.arange(128), torch.arange(30)):
+        (part,) = trainer._passes.cut(rows)
+        assert part.equal(rows)
+    assert trainer._passes.news() == [(0, 30)]
+    tight = make_trainer(config(train={"memory_limit": "40kB"}), tiny_data, tmp_path)
+    assert tight._passes is not None
+    message = "a step over 128 rows takes more than 40 kB in one pass, and .*: lower train.batch_s"
+    with pytest.raises(ConfigError, match=message):
+        tight._passes.cut(torch.arange(128))
+
+
+def test_a_tables_gradient_over_passes_holds_each_row_once() -> None:
+    model = BagEncoder(10, 4)
+    bags = [
+        Bag(torch.tensor(ids), torch.tensor([0, len(ids)]), torch.rand(len(ids)))
+        for ids in ([3, 7], [1, 3, 9], [7])
+    ]
+    for bag in bags:
+        model(bag).sum().backward()
+        coalesce_gradient_(model)
+        assert model.table.weight.grad is not None
+        assert model.table.weight.grad.is_coalesced()
+    found = model.table.weight.grad
+    assert found._indices().tolist() == [[1, 3, 7, 9]]
+    model.zero_grad(set_to_none=True)
+    sum(model(bag).sum() for bag in bags).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(found.to_dense(), model.table.weight.grad.to_dense())

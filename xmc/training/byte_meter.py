@@ -34,13 +34,14 @@ class Peak:
 class AllocationMeter(TorchDispatchMode):
     """Counts bytes of tensors made inside `with`, on any device; `peak` is the most at once.
 
-    Raises MemoryLimitError, out of the operation that passed it, where `limit` bytes are exceeded.
+    Raises MemoryLimitError, out of the operation that passed it, the first time that `limit` bytes
+    are exceeded.
     Costs some microseconds an operation. A storage counts once, until its last tensor is gone.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         super().__init__()
-        self.limit = limit
+        self._limit = limit
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}  # bytes of the storages that count, by address
@@ -61,9 +62,10 @@ class AllocationMeter(TorchDispatchMode):
                 old = {storage._cdata for storage in _storages((args, kwargs))}
             if storage._cdata not in old:
                 self._count(storage)
-        if self.limit is not None and self.live > self.limit:
+        if self._limit is not None and self.live > self._limit:
+            limit, self._limit = self._limit, None  # what cleans up after the error may go on
             raise MemoryLimitError(
-                f"expected at most {self.limit:,} bytes of tensors at once, got {self.live:,}"
+                f"expected at most {limit:,} bytes of tensors at once, got {self.live:,}"
             )
         return out
 

@@ -57,6 +57,14 @@ def make_scaler(
 
 
 @torch.no_grad()
+def coalesce_gradient_(module: nn.Module) -> None:
+    """Hold each row of sparse gradients once: autograd adds up passes by listing their rows."""
+    for parameter in module.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = coalesced(parameter.grad)
+
+
+@torch.no_grad()
 def clip_gradient_(module: nn.Module, max_norm: float) -> float:
     """Scale the gradients so that their joint norm is at most `max_norm` (0: only measure).
 

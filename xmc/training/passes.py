@@ -8,8 +8,7 @@ gradient, or its step, cannot give it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +23,35 @@ from xmc.training.memory_component import megabytes
 from xmc.training.planner import device_memory, parse_memory
 from xmc.types import Batch, Tokens
 
-Trial = Callable[[Batch], None]  # a pass forward and backward that leaves everything as it was
+
+class Passing(Protocol):
+    """What takes the passes: a trainer."""
+
+    def trial(self, batch: Batch) -> None:
+        """A pass forward and backward, as one of several, that leaves everything as it was."""
+        ...
+
+    def untouched_bytes(self) -> int:
+        """Memory that any step will take, and that is neither there yet nor that of a pass."""
+        ...
+
+    def several_bytes(self, rows: Tensor) -> int:
+        """What a step on rows [R] takes beyond trials and that, if it has several passes."""
+        ...
+
+    def single_saving(self) -> int:
+        """What a trial takes and the only pass of a step does not."""
+        ...
 
 
 class FittingPasses:
     """Cuts the rows of steps into passes, as large as a limit of memory allows.
 
-    The limit is that of the process (CPU) or of what this process allocates on a card. What is
-    there before the first pass counts, and so does `untouched`: memory that the training will take
-    but has not taken yet. Longer texts take more memory: there is a search for each width of a
-    batch, rounded up, with rows padded to that width, so that sizes hold whatever rows come.
+    The limit is that of the process (CPU) or of what this process allocates on a card, and what is
+    there before the first pass counts. Longer texts take more memory: there is a search for each
+    width of a batch, rounded up, with rows padded to that width, so that sizes hold whatever rows
+    come. Bags are tried in one pass first: the rows of their table that a step touches are most of
+    its memory, and several passes have to add up a gradient of them.
 
     On a CPU tensors are counted: see `xmc.training.byte_meter` for what that leaves out. Of the
     room that there is a part stays free for it.
@@ -43,22 +61,22 @@ class FittingPasses:
         self,
         train_set: Dataset,
         device: torch.device,
+        passing: Passing,
         *,
         limit: int,
         most: int,
         widest: int,
-        trial: Trial,
-        untouched: Callable[[], int],
     ) -> None:
         self._train_set = train_set
         self._store = train_set.features if isinstance(train_set.features, TokenStore) else None
         self._device = device
+        self._passing = passing
         self._limit = limit
         self._most = most
         self._widest = widest  # tokens of a row, at most
-        self._trial = trial
-        self._untouched = untouched
         self._sizes: AutoSize | None = None  # made at the first step
+        self._room_for_one = 0  # bytes, of the only pass of a step
+        self._whole: dict[int, bool] = {}  # whether so many bags fit in one pass
         self._news: dict[int, int] = {}
 
     def cut(self, rows: Tensor) -> list[Tensor]:
@@ -68,8 +86,16 @@ class FittingPasses:
         """
         if self._sizes is None:
             # Compiles kernels and loads libraries, whose memory is not that of a pass.
-            self._trial(self._train_set.batch(rows[:1]))
-            self._sizes = AutoSize(self._room(), most=self._most)
+            self._passing.trial(self._train_set.batch(rows[:1]))
+            self._sizes = self._make_sizes(rows)
+        if self._store is None and self._fits_whole(rows):
+            return [rows]
+        if self._sizes.limit == _NOTHING:
+            raise ConfigError(
+                f"train.memory_limit: a step over {len(rows)} rows takes more than "
+                f"{megabytes(self._limit)} in one pass, and so does its gradient of the encoder's "
+                "table in several: lower train.batch_size"
+            )
         widths = None
         if self._store is not None:
             widths, by_width = self._store.widths(rows).sort(descending=True, stable=True)
@@ -94,6 +120,8 @@ class FittingPasses:
                 width = self._rounded(self._store.widths(rows).max())
             largest[width] = max(len(rows), largest.get(width, 0))
         assert self._sizes is not None  # it cut these passes
+        if len(passes) == 1:
+            self._whole[len(passes[0])] = False
         for width, size in largest.items():
             self._sizes.ran_out(size, width)
         if self._device.type == "cuda":
@@ -107,30 +135,45 @@ class FittingPasses:
 
     def state(self) -> dict[str, Any] | None:
         """For a checkpoint: a training that goes on cuts as it would have without a break."""
-        return None if self._sizes is None else self._sizes.state()
+        if self._sizes is None:
+            return None
+        whole = {"room": self._room_for_one, "fits": list(self._whole.items())}
+        return {"sizes": self._sizes.state(), "whole": whole}
 
     def restore_(self, state: dict[str, Any] | None) -> None:
         """Take over what `state` gave."""
         if state is not None:
-            self._sizes = AutoSize.from_state(state)
+            self._sizes = AutoSize.from_state(state["sizes"])
+            self._room_for_one = state["whole"]["room"]
+            self._whole = dict(state["whole"]["fits"])
 
     def _rounded(self, width: Tensor) -> int:
         return min(rounded_width(int(width)), self._widest)
 
-    def _room(self) -> int:
-        taken = self._untouched()
-        if self._device.type == "cuda":
-            taken += torch.cuda.memory_allocated(self._device)
-            share = 1.0
-        else:
-            taken += resident_bytes()
-            share = _CPU_SHARE
+    def _make_sizes(self, rows: Tensor) -> AutoSize:
+        """The search, and the bytes that passes may take."""
+        taken = self._passing.untouched_bytes()
+        on_cpu = self._device.type != "cuda"
+        taken += resident_bytes() if on_cpu else torch.cuda.memory_allocated(self._device)
         if taken >= self._limit:
             raise ConfigError(
                 f"train.memory_limit: weights, moments and libraries take {megabytes(taken)} "
                 f"before any pass, got {megabytes(self._limit)} (`xmc plan` says what takes it)"
             )
-        return max(1, int(share * (self._limit - taken)))
+        room = self._limit - taken
+        one, many = (_CPU_SHARE_OF_ONE, _CPU_SHARE) if on_cpu else (1.0, 1.0)
+        self._room_for_one = int(one * room) + self._passing.single_saving()
+        several = int(many * (room - self._passing.several_bytes(rows)))
+        return AutoSize(max(_NOTHING, several), most=self._most)
+
+    def _fits_whole(self, bags: Tensor) -> bool:
+        """Whether a step fits in one pass, in which no gradients are added up."""
+        size = len(bags)
+        if size not in self._whole:
+            self._whole[size] = self._measure(bags, 0, self._room_for_one) is not None
+            if self._whole[size]:
+                self._news[0] = size
+        return self._whole[size]
 
     def _fitting(self, rows: Tensor, width: int) -> int:
         """Rows of the next pass, the first of `rows`; measured where that is not known."""
@@ -158,7 +201,7 @@ class FittingPasses:
         """Bytes of a pass over the rows, padded to `width`; None where they are too many."""
         try:
             with measured(self._device, limit) as peak:
-                self._trial(padded(self._train_set.batch(rows), width))
+                self._passing.trial(padded(self._train_set.batch(rows), width))
             return peak.bytes
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -172,15 +215,13 @@ class FittingPasses:
 # Peaks of transformers (H = 256 and 384, 4 and 6 layers, 2 steps) at limits of 1.1, 1.5 and 1.0 GB,
 # the last with checkpointing: 1.03, 1.35, 1.06 GB (Linux, glibc, torch 2.13.0, 2026-11-21).
 _CPU_SHARE = 0.6
+# Of bags in one pass: few large blocks, which go back to the system.
+_CPU_SHARE_OF_ONE = 0.9
+_NOTHING = 1  # byte: no room for several passes
 
 
 def make_passes(
-    config: Config,
-    train_set: Dataset,
-    device: torch.device,
-    *,
-    trial: Trial,
-    untouched: Callable[[], int],
+    config: Config, train_set: Dataset, device: torch.device, passing: Passing
 ) -> FittingPasses | None:
     """None where no limit is given. Raises ConfigError where it cannot be kept."""
     text = config.train.memory_limit
@@ -202,11 +243,10 @@ def make_passes(
     return FittingPasses(
         train_set,
         device,
+        passing,
         limit=limit,
         most=config.train.batch_size * config.train.accumulation,
         widest=config.features.max_length,
-        trial=trial,
-        untouched=untouched,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
-from xmc.data.batches import Dataset
+from xmc.data.batches import BagStore, Dataset
 from xmc.data.steps import epoch_steps
 from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
@@ -27,12 +27,14 @@ from xmc.training.byte_meter import is_out_of_memory
 from xmc.training.checkpoint import load_into
 from xmc.training.encoder_optimizer import (
     clip_gradient_,
+    coalesce_gradient_,
     make_encoder_optimizer,
     make_scaler,
 )
 from xmc.training.log import RunLog
 from xmc.training.loop import StepReport, TrainingError
 from xmc.training.passes import FittingPasses, make_passes
+from xmc.training.progress import Track, untracked
 from xmc.training.replay import random_states, set_random_states_
 from xmc.training.schedule import lr_factor
 from xmc.types import Batch
@@ -70,11 +72,10 @@ class Trainer:
         self.total_steps = options.epochs * self.steps_per_epoch
         self.auxiliary_steps = config.auxiliary.cutoff_epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
+        self.track: Track = untracked
         self.ages = make_slot_ages(self.head.layer, config)
         self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
-        self._passes = make_passes(
-            config, train_set, self.device, trial=self._trial, untouched=self._untouched_bytes
-        )
+        self._passes = make_passes(config, train_set, self.device, self)
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Tensor]]:
         """The micro-batches, row ids [R], of each step of an epoch."""
@@ -145,6 +146,8 @@ class Trainer:
                 update=position == len(chunks),
                 meter=meter,
             )
+            if self._passes is not None:
+                coalesce_gradient_(self.model.body)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr "
@@ -218,7 +221,7 @@ class Trainer:
             self._forget_gradient()
             set_random_states_(random)
 
-    def _trial(self, batch: Batch) -> None:
+    def trial(self, batch: Batch) -> None:
         """A pass that changes nothing, for its memory: every part of its loss weighs 0."""
         heads: list[tuple[Head, float]] = [(self.head, 0.0)]
         if self.auxiliary is not None:
@@ -237,7 +240,7 @@ class Trainer:
         for head in self._classifiers():
             head.moments.grad_weight = head.moments.grad_bias = None
 
-    def _untouched_bytes(self) -> int:
+    def untouched_bytes(self) -> int:
         """Of moments that are not in memory yet, though the first step will touch them."""
         size = 0
         if not self.optimizer.state:
@@ -249,6 +252,19 @@ class Trainer:
             if not head.steps and self.device.type != "cuda":
                 size += sum(t.numel() * t.itemsize for t in tensors)
         return size
+
+    def several_bytes(self, rows: Tensor) -> int:
+        """The sparse gradient of a table over rows [R], and what adding one more pass's takes."""
+        features = self.train_set.features
+        if not isinstance(features, BagStore):
+            return 0
+        touched = features.rows(rows).ids.unique().numel()
+        return 3 * 4 * touched * self.model.encoder.out_features
+
+    def single_saving(self) -> int:
+        """The heads' gradients, which one pass applies tile by tile."""
+        layers = [head.layer for head in self._classifiers()]
+        return sum(4 * (layer.weight.numel() + layer.out_features) for layer in layers)
 
     def _classifiers(self) -> list[ClassifierHead]:
         """The heads' parts that have moments."""
