@@ -208,6 +208,15 @@ def _room(
     return number, dq, dk, torch.empty_like(number)
 
 
+def _on_cuda(q: Tensor) -> Any:
+    """The backend for tensors on a GPU: Triton but for float64."""
+    if q.dtype == torch.float64:
+        return reference
+    from xmc_kernels._triton import similarity as triton
+
+    return triton
+
+
 @torch.library.custom_op("xmc::similarity_softmax", mutates_args=())
 def _softmax_loss(
     q: Tensor,
@@ -234,6 +243,13 @@ def _(q, k, scale, indptr, indices, query_ids, key_ids, *options):  # type: igno
     _check_values(q, k, indptr, indices, scale=scale)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cpu(q).softmax_loss(q, k, scale, pairs, *options)
+
+
+@_softmax_loss.register_kernel("cuda")
+def _(q, k, scale, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
+    _check_values(q, k, indptr, indices, scale=scale)
+    pairs = Pairs(indptr, indices, query_ids, key_ids)
+    return _on_cuda(q).softmax_loss(q, k, scale, pairs, *options)
 
 
 @_softmax_loss.register_fake
@@ -265,6 +281,13 @@ def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, *options):  # type
     _check_values(q, k, indptr, indices, scale=scale, bias=bias)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cpu(q).sigmoid_loss(q, k, scale, bias, pairs, *options)
+
+
+@_sigmoid_loss.register_kernel("cuda")
+def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
+    _check_values(q, k, indptr, indices, scale=scale, bias=bias)
+    pairs = Pairs(indptr, indices, query_ids, key_ids)
+    return _on_cuda(q).sigmoid_loss(q, k, scale, bias, pairs, *options)
 
 
 @_sigmoid_loss.register_fake

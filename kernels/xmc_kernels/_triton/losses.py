@@ -45,7 +45,7 @@ def loss_and_gradient(
         wanted = target * (1.0 - smoothing)
     if LOSS == "bce":
         small = tl.exp(-tl.abs(score))
-        value = tl.maximum(score, 0.0) - score * wanted + _log1p(small)
+        value = tl.maximum(score, 0.0) - score * wanted + log1p(small)
         grad = tl.where(score >= 0, 1.0, small) / (1.0 + small) - wanted
     elif SMOOTH:
         above, below = tl.maximum(1.0 + score, 0.0), tl.maximum(1.0 - score, 0.0)
@@ -65,7 +65,7 @@ def loss_and_gradient(
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """For x in [0, 1]: `2 * atanh(x / (2 + x))`, its series to z^13 (relative error 2e-8).
 
     The hardware's logarithm is exact to an absolute 2^-22 only, more than most losses here.

@@ -49,6 +49,20 @@ class BlockTiles:
 
 
 @dataclass(frozen=True)
+class ProductTiles:
+    """Compile-time sizes of the kernels of `similarity.py`: powers of two from 16."""
+
+    m: int
+    """Queries of a tile of scores; queries or keys of a product."""
+    n: int
+    """Keys of a tile of scores; features of a product."""
+    k: int
+    """How many products of two numbers are added up at a time."""
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Table:
     """What one architecture runs with."""
 
@@ -58,6 +72,11 @@ class Table:
     """(training step, labels share features, float32 operands): largest sizes."""
     blocks: Mapping[bool, BlockTiles]
     """(float32 operands): largest sizes of the kernels of `blocks.py`."""
+    products: Mapping[tuple[str, bool], ProductTiles]
+    """(kernel of `similarity.py`, float32 operands): largest sizes.
+
+    "sigmoid" is the gradient of that loss; float32 is what "products" have of G for float16, too.
+    """
     strategies: Mapping[tuple[bool, bool, bool], tuple[tuple[int, str], ...]]
     """(labels share features, N:M pattern, bfloat16 on both sides): (rows, how to train) rising.
 
@@ -83,6 +102,16 @@ TABLES: dict[str, Table] = {
         blocks={
             False: BlockTiles(block_l=64, block_d=64, block_b=128, walk=16, num_warps=8),
             True: BlockTiles(block_l=32, block_d=32, block_b=64, walk=16, num_warps=8),
+        },
+        products={
+            ("statistics", False): ProductTiles(m=128, n=128, k=64, num_warps=8, num_stages=3),
+            ("statistics", True): ProductTiles(m=64, n=128, k=32, num_warps=8, num_stages=2),
+            ("gradient", False): ProductTiles(m=128, n=128, k=64, num_warps=8, num_stages=3),
+            ("gradient", True): ProductTiles(m=64, n=128, k=32, num_warps=8, num_stages=2),
+            ("sigmoid", False): ProductTiles(m=64, n=128, k=64, num_warps=8, num_stages=3),
+            ("sigmoid", True): ProductTiles(m=64, n=128, k=32, num_warps=8, num_stages=2),
+            ("products", False): ProductTiles(m=128, n=128, k=64, num_warps=8, num_stages=3),
+            ("products", True): ProductTiles(m=128, n=128, k=32, num_warps=8, num_stages=2),
         },
         strategies={
             (False, False, False): ((1, "walk"),),
@@ -158,6 +187,19 @@ def block_tiles(num_rows: int, layer: Layer, dtype: torch.dtype) -> BlockTiles:
     # With fewer than four blocks of inputs threads hold copies of the same weights.
     block_l = most.block_l if most.block_d >= 4 * layer.pattern[1] else min(32, most.block_l)
     return replace(most, block_l=block_l, block_b=block_b)
+
+
+def product_tiles(
+    kernel: str, wide: bool, device: torch.device, m: int, n: int, k: int
+) -> ProductTiles:
+    """Tiles of a kernel of `similarity.py`, cut to the shape but not below 64 x 64 x 16."""
+    most = table(device).products[kernel, wide]
+    return replace(
+        most,
+        m=min(max(64, power_of_2(m)), most.m),
+        n=min(max(64, power_of_2(n)), most.n),
+        k=min(max(16, power_of_2(k)), most.k),
+    )
 
 
 def num_units(num_labels: int, group: int, block_g: int) -> int:
