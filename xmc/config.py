@@ -316,7 +316,8 @@ class TrainConfig:
     batch of a step stays, and so does its gradient. 0: batch_size rows a pass."""
     memory_limit: str = ""
     """Memory of the training process, such as 2GB, or of the GPU (auto: what it has): encoder
-    passes get as many rows of the step as fit, by measurement. Empty: batch_size rows a pass."""
+    passes get as many rows of the step as fit, by measurement (bags: all of them, as a rule, or the
+    training says that they do not fit). Met within some percent. Empty: batch_size rows a pass."""
     length_pool: NonNegative = 0
     """Optimizer steps whose rows are sorted by length together, so that a transformer's batches
     need little padding; the steps of a pool are shuffled. 0: rows of a step are drawn at random."""
