@@ -233,6 +233,14 @@ def test_repeats_bit_for_bit_on_any_number_of_threads(dtype, case) -> None:
             assert torch.equal(a, b)
 
 
+def test_products_are_the_same_without_onednn(case, monkeypatch) -> None:
+    c = case(60, 70, 33, "symmetric")
+    arguments = (*c.arguments(torch.float32, 20), False, True, True)
+    want = cpu.softmax_loss(*arguments)
+    monkeypatch.setattr(cpu, "_linear", lambda: None)
+    torch.testing.assert_close(cpu.softmax_loss(*arguments), want, rtol=1e-4, atol=1e-6)
+
+
 def test_only_wanted_gradients_are_returned(case) -> None:
     c = case(65, 40, 9, "symmetric")
     for dtype in (torch.float32, torch.float64):

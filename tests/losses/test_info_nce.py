@@ -200,6 +200,15 @@ def test_upstream_gradient_and_kept_graph() -> None:
     torch.testing.assert_close(x.grad, a + b)
 
 
+def test_gradients_are_handed_over_without_a_copy() -> None:
+    q, k = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    loss = info_nce(q, k, scale=2.0)
+    made = [t.data_ptr() for t in loss.grad_fn.gradients[:2]]
+    (2 * loss).backward()
+    assert q.grad is not None and k.grad is not None
+    assert made == [q.grad.data_ptr(), k.grad.data_ptr()]
+
+
 def test_a_second_derivative_is_refused() -> None:
     q, k = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     (gradient,) = torch.autograd.grad(info_nce(q, k, scale=2.0), q, create_graph=True)

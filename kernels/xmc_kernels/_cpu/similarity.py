@@ -6,6 +6,7 @@ its gradient gives two products.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,19 +31,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     oneDNN's, where torch has it: twice as fast as MKL's on processors that MKL does not know (430
     against 200 GFLOP/s on two cores of an EPYC of family 26, [1024, 256] x [256, 1024]).
     """
-    if _ONEDNN is not None:
-        out: Tensor = _ONEDNN(a, b, None, "none", [], "")
-        return out
-    return a @ b.T
+    linear = _linear()
+    if linear is None:
+        return a @ b.T
+    out: Tensor = linear(a, b, None, "none", [], "")
+    return out
 
 
-def _onednn() -> Any:
+@functools.cache
+def _linear() -> Any:
+    """oneDNN's `nn.Linear` without a bias."""
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-_ONEDNN = _onednn()
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Sums:
 
     def reference(self) -> Tensor:
         """What to subtract from scores; where there are none, so much that exp gives 0."""
-        return torch.where(self.total == 0, -LOW, self.top)
+        return torch.where(self.total == 0, -float(LOW), self.top)
 
     def weight(self, weight: Tensor) -> Tensor:
         """What to multiply exponentials with to get `weight * exp(S - logsumexp)`."""
