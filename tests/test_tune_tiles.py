@@ -73,10 +73,13 @@ def test_every_row_times_kernels_of_its_own(bench, shape):
         elif row.field == "tiles":
             forward = "_fan_in_shared_fwd_kernel" if row.key[1] else "_fan_in_fwd_kernel"
             assert names == [forward, "_fan_in_bwd_kernel"]
+        elif row.field == "products":
+            kernel = row.key[0] if row.key[0] != "sigmoid" else "gradient"
+            assert f"_similarity_{kernel}_kernel" in names
         else:
             assert set(names) <= {*BLOCK_KERNELS, "_gradient_kernel", "_update_kernel"}
             assert set(names) >= BLOCK_KERNELS
-    assert len(kernels) == len(DEFAULT.tiles) + len(DEFAULT.blocks)
+    assert len(kernels) == sum(map(len, (DEFAULT.tiles, DEFAULT.blocks, DEFAULT.products)))
 
 
 @pytest.fixture
@@ -185,6 +188,7 @@ def test_every_row_and_strategy_is_tried(bench, shape, monkeypatch):
     tried = {(r["row"], r["key"]) for r in tuner.records}
     assert tried >= {("tiles", key) for key in DEFAULT.tiles}
     assert tried >= {("blocks", key) for key in DEFAULT.blocks}
+    assert tried >= {("products", key) for key in DEFAULT.products}
     assert tried >= {("strategies", key) for key in DEFAULT.strategies}
     names = {r["by"] for r in tuner.records if r.get("key") == (False, True, True) and "by" in r}
     assert names == {"walk", "densify", "blocks"}
@@ -256,6 +260,7 @@ def test_all_tables_have_the_rows_of_the_default():
     for table in tiles.TABLES.values():
         assert table.tiles.keys() == DEFAULT.tiles.keys()
         assert table.blocks.keys() == DEFAULT.blocks.keys()
+        assert table.products.keys() == DEFAULT.products.keys()
         assert table.strategies.keys() == DEFAULT.strategies.keys()
         for steps in table.strategies.values():
             assert steps[0][0] == 1

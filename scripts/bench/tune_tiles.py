@@ -32,8 +32,9 @@ from classifier_jobs import LR, Inputs, Shape, Variant, make_layer, nearest_patt
 from provenance import RESULTS, append, provenance
 from timing import BATCHES, cuda_clock, reason
 
-from xmc_kernels._triton import classifier, fan_in, launch, tiles
+from xmc_kernels._triton import classifier, fan_in, launch, similarity, tiles
 from xmc_kernels.classifier import UpdateRule, make_state
+from xmc_kernels.pairs import Pairs
 
 SHAPES = (
     Shape(L=262_144, F=32, B=64),
@@ -45,6 +46,8 @@ ROWS = (8, 16, 32, 64, 128, 256, 512)
 _GAIN = 0.98  # a new row takes this share of the present one's time at most: less is noise
 _GROUP = 16
 _REPEATS = 7
+_SIMILARITIES = 16_384
+"""Queries and keys of a contrastive loss, if the shape has as many labels."""
 
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
@@ -56,7 +59,7 @@ class Row:
     """One row of a table: its field, its key, and the sizes to try."""
 
     field: str
-    """ "tiles" or "blocks"."""
+    """ "tiles", "blocks" or "products"."""
     key: Any
     sizes: Mapping[str, tuple[int, ...]]
 
@@ -73,11 +76,17 @@ def rows(table: tiles.Table) -> list[Row]:
     for key in table.blocks:
         sizes = {**common, "block_l": (16, 32, 64, 128), "block_d": (32, 64, 128)}
         found.append(Row("blocks", key, {**sizes, "walk": (4, 16, 64)}))
+    sizes = {"m": (64, 128), "n": (64, 128, 256), "k": (32, 64, 128)}
+    sizes |= {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    found += [Row("products", key, sizes) for key in table.products]
     return found
 
 
 def cases(row: Row, shapes: Sequence[Shape], device: str) -> list[Run]:
-    """What a row is timed by: the step, or forward and backward, at each shape."""
+    """What a row is timed by: the step, or forward and backward, or a loss of similarities."""
+    if row.field == "products":
+        sizes = {(min(shape.L, _SIMILARITIES), shape.D) for shape in shapes}
+        return [similarity_case(*row.key, *size, device) for size in sorted(sizes)]
     made = []
     for shape in shapes:
         if row.field == "blocks":
@@ -129,6 +138,21 @@ def layer_case(shape: Shape, variant: Variant, device: str, by: str) -> Run:
         return out, fan_in.fan_in_linear_backward(grad, x, layer, deterministic=False, by=by)
 
     return run
+
+
+def similarity_case(kernel: str, wide: bool, num: int, dim: int, device: str) -> Run:
+    """A contrastive loss of num queries and keys, as little beside this kernel as there can be."""
+    q, k = torch.nn.functional.normalize(torch.randn(2, num, dim, device=device), dim=2)
+    q, k = q.to(_dtype(wide)), k.to(_dtype(wide))
+    numbers = torch.arange(num + 1, device=device)
+    pairs = Pairs(numbers, numbers[:-1].int())
+    scale, target = torch.tensor(20.0, device=device), torch.full((num,), 1 / num, device=device)
+    if kernel == "sigmoid":
+        options = (scale, -scale / 2, pairs, target, True, False)
+        return lambda: similarity.sigmoid_loss(q, k, *options)
+    gradients = kernel != "statistics"
+    options = (scale, pairs, target, target, False, gradients, gradients)
+    return lambda: similarity.softmax_loss(q, k, *options)
 
 
 @contextmanager

@@ -14,11 +14,20 @@ from xmc_kernels import float8
 from xmc_kernels._reference.fan_in import gradient_like
 from xmc_kernels._triton import blocks, classifier, densify, fan_in, topk
 from xmc_kernels._triton.float8 import quantize_launch
-from xmc_kernels._triton.launch import Launch
+from xmc_kernels._triton.launch import Launch, cdiv
 from xmc_kernels._triton.layers import label_range
 from xmc_kernels._triton.losses import Objective
 from xmc_kernels._triton.moments import make_room, moment_arguments
 from xmc_kernels._triton.positives import Positives
+from xmc_kernels._triton.similarity_pairs import dots_launch, pair_grad_launch
+from xmc_kernels._triton.similarity_products import products_launch, stores_bfloat16
+from xmc_kernels._triton.similarity_scores import (
+    Part,
+    Weights,
+    gradient_launch,
+    statistics_launch,
+)
+from xmc_kernels._triton.tiles import ProductTiles, product_tiles
 from xmc_kernels._triton.update import constants, keys
 from xmc_kernels.layer import Layer
 from xmc_kernels.packing import packed_bytes
@@ -42,7 +51,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @functools.cache
 def configurations() -> tuple[tuple[str, Launch], ...]:
     """(name, launch), names distinct; `G16 bf16 B128 F64` are group, dtype, rows and fan-in."""
-    return (*_layers(), *_steps(), *_densified(), *_blocks(), *_topk())
+    return (*_layers(), *_steps(), *_densified(), *_blocks(), *_topk(), *_similarity())
 
 
 def _layer(group: int, name: str, fan_in: int, pattern: tuple[int, int] | None = None) -> Layer:
@@ -231,3 +240,65 @@ def _topk() -> Iterator[tuple[str, Launch]]:
     for k in (8, 128):
         scores, best = _empty(128, 65536), _empty(128, 64, k, dtype=torch.int64)
         yield f"topk K{k} B128", topk.topk_launch(scores, best, 65536)
+
+
+def _similarity() -> Iterator[tuple[str, Launch]]:
+    """Parts of a large batch, and batches that one part has, down to the smallest tiles."""
+    for name, rows, num_keys, features in (
+        ("bf16", 4096, 8192, 768),
+        ("fp16", 4096, 8192, 768),
+        ("fp32", 4096, 4096, 768),
+        ("bf16", 100, 300, 16),
+        ("fp32", 100, 300, 16),
+    ):
+        yield from _similarity_of(name, rows, num_keys, features)
+
+
+def _similarity_of(
+    name: str, rows: int, num_keys: int, features: int
+) -> Iterator[tuple[str, Launch]]:
+    dtype, nnz = _DTYPES[name], 10_000
+    q, k = _empty(rows, features, dtype=dtype), _empty(num_keys, features, dtype=dtype)
+    stored = torch.bfloat16 if stores_bfloat16(q) else torch.float32
+    of_rows, of_keys, of_pairs, number = (_empty(*n) for n in ((rows,), (num_keys,), (nnz,), ()))
+    indptr, indices = _empty(rows + 1, dtype=torch.int64), _empty(nnz, dtype=torch.int32)
+    size = f"{name} B{rows} D{features}"
+
+    def tiles(kernel: str) -> ProductTiles:
+        wide = (stored if kernel == "products" else dtype) == torch.float32
+        return product_tiles(kernel, wide, q.device, rows, num_keys, features)
+
+    scores = tiles("statistics")
+    blocks_of = (cdiv(rows, scores.m), cdiv(num_keys, scores.n))
+    grad = _empty(128 * cdiv(rows, 128), 128 * cdiv(num_keys, 128), dtype=stored)
+    sums = _empty(4096, 3, dtype=torch.float64)
+    for what, symmetric, with_ids, without_pairs in (
+        ("rows", False, False, False),
+        ("symmetric", True, False, False),
+        ("symmetric ids", True, True, False),
+        ("symmetric decoupled", True, True, True),
+    ):
+        ids = (_empty(rows, dtype=torch.int64), _empty(num_keys, dtype=torch.int64))
+        part = Part(q, k, number, indptr, indices, num_keys, *(ids if with_ids else (None, None)))
+        column_lse = _empty(blocks_of[0], num_keys) if symmetric else None
+        lse = (_empty(blocks_of[1], rows), column_lse, of_pairs)
+        launch = statistics_launch(part, scores, without_pairs, *lse)
+        yield f"similarity {what} statistics {size}", launch
+        columns = (of_keys, of_keys) if symmetric else (None, None)
+        weights = Weights(of_rows, of_rows, *columns)
+        launch = gradient_launch(part, tiles("gradient"), without_pairs, weights, grad, sums)
+        yield f"similarity {what} gradient {size}", launch
+        if without_pairs or not symmetric:
+            logistic = Weights(of_rows, bias=number)
+            for form, out in (("gradient", grad), ("loss", None)):
+                launch = gradient_launch(part, tiles("sigmoid"), True, logistic, out, sums)
+                yield f"similarity sigmoid {what} {form} {size}", launch
+    d_q, d_k = _empty(1, rows, features), _empty(1, num_keys, features)
+    for what, want_q, want_k in (("both", 1, 1), ("queries", 1, 0), ("keys", 0, 1)):
+        wanted_q, wanted_k = d_q if want_q else None, d_k if want_k else None
+        launch = products_launch(grad, q, k, wanted_q, wanted_k, tiles("products"))
+        yield f"similarity products {what} {size}", launch
+    queries = _empty(nnz, dtype=torch.int64)
+    yield f"similarity pairs {size}", dots_launch(q, k, queries, indices, of_pairs)
+    put = (of_pairs, queries, indices, number, grad, slice(0, nnz), 0, slice(0, num_keys))
+    yield f"similarity pairs gradient {size}", pair_grad_launch(*put)

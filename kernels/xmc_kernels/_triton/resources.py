@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from xmc_kernels._triton.launch import INTERPRETED, Launch
 
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

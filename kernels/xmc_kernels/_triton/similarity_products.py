@@ -67,8 +67,8 @@ def _similarity_products_kernel(
     grad_ptr,  # [num_rows, num_keys] up to whole tiles
     q_ptr,  # [num_rows, D]
     k_ptr,  # [num_keys, D]
-    d_q_ptr,  # [parts, num_rows, D] float32, added to
-    d_k_ptr,  # [parts, num_keys, D] float32, added to
+    d_q_ptr,  # [parts, num_rows, D] float32, added to, or None
+    d_k_ptr,  # [parts, num_keys, D] float32, added to, or None
     num_rows,
     num_keys,
     features,
@@ -85,7 +85,7 @@ def _similarity_products_kernel(
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program < programs_q:
+    if d_q_ptr is not None and program < programs_q:
         _add_product(
             program,
             grad_ptr,
@@ -104,7 +104,7 @@ def _similarity_products_kernel(
             DOT_DTYPE,
             PRECISION,
         )
-    else:
+    if d_k_ptr is not None and program >= programs_q:
         _add_product(
             program - programs_q,
             grad_ptr,

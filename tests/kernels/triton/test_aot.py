@@ -28,8 +28,9 @@ def check(rows: list[dict]) -> None:
         assert row["spilled_bytes"] == 0, row
         assert row["shared_bytes"] <= SHARED_LIMIT[row["architecture"]], row
         assert 0 < row["registers"] <= 255, row
-        # Products of labels that share an index, or a pattern's blocks, run on tensor cores.
-        products = row["kernel"].startswith("_blocks") or any(
+        # Products of labels that share an index, of a pattern's blocks, or of similarities run on
+        # tensor cores.
+        products = row["kernel"].startswith(("_blocks", "_similarity")) or any(
             group in row["config"] for group in (" G16 ", " G64 ")
         )
         assert (row["tensor_cores"] != "") == products, row
@@ -38,6 +39,16 @@ def check(rows: list[dict]) -> None:
 def test_kernels_in_bfloat16_fit_an_h100(tmp_path) -> None:
     rows = table(tmp_path / "table.jsonl", "--arch", "90", "--only", "G1 bf16 B128")
     assert len({row["config"] for row in rows}) == len(rows) > 10
+    check(rows)
+
+
+def test_symmetric_losses_in_bfloat16_fit_an_h100(tmp_path) -> None:
+    rows = table(tmp_path / "table.jsonl", "--arch", "90", "--only", "symmetric gradient bf16 B4")
+    rows += table(
+        tmp_path / "table.jsonl", "--arch", "90", "--only", "symmetric statistics bf16 B4"
+    )
+    rows += table(tmp_path / "table.jsonl", "--arch", "90", "--only", "products both bf16 B4")
+    assert [row["tensor_cores"] for row in rows] == ["wgmma"] * 3
     check(rows)
 
 
