@@ -2,7 +2,7 @@
 
 One loop over tiles of S; losses differ in the gradient tile `G = dL/dS` alone. The operations
 return loss and gradients together, for they come from the same tiles; `xmc.losses` makes
-differentiable functions of them.
+differentiable functions of them. Autocast changes nothing: products are as wide as said here.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def softmax_loss(
     _check(q, k, pairs, scale=scale)
     for name, target in (("row_target", row_target), ("column_target", column_target)):
         _check_numbers(name, target, pairs.num_pairs, q)
-    return _softmax_loss(
-        *(q, k, scale, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
-        *(row_target, column_target, decoupled, want_q, want_k),
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return _softmax_loss(
+            *(q, k, scale, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
+            *(row_target, column_target, decoupled, want_q, want_k),
+        )
 
 
 @torch.no_grad()
@@ -73,10 +74,11 @@ def sigmoid_loss(
     """
     _check(q, k, pairs, scale=scale, bias=bias)
     _check_numbers("row_weight", row_weight, len(q), q)
-    return _sigmoid_loss(
-        *(q, k, scale, bias, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
-        *(row_weight, want_q, want_k),
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return _sigmoid_loss(
+            *(q, k, scale, bias, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
+            *(row_weight, want_q, want_k),
+        )
 
 
 @torch.no_grad()
@@ -110,10 +112,11 @@ def recall_loss(
     ):
         if not value > 0:
             raise ValueError(f"expected {name} above 0, got {value}")
-    return _recall_loss(
-        *(q, k, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids, row_weight),
-        *(list(ks), rank_temperature, cut_temperature, want_q, want_k),
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return _recall_loss(
+            *(q, k, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids, row_weight),
+            *(list(ks), rank_temperature, cut_temperature, want_q, want_k),
+        )
 
 
 def _check(q: Tensor, k: Tensor, pairs: Pairs, **scalars: Tensor) -> None:

@@ -209,6 +209,16 @@ def test_gradients_are_handed_over_without_a_copy() -> None:
     assert made == [q.grad.data_ptr(), k.grad.data_ptr()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_autocast_changes_nothing(dtype) -> None:
+    q, k = torch.randn(2, 20, 4)
+    want = gradients(lambda q, k: info_nce(q, k, scale=9.0), (q, k), dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(lambda q, k: info_nce(q, k, scale=9.0), (q, k), dtype)
+    for ours, expected in zip(got, want, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_a_second_derivative_is_refused() -> None:
     q, k = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     (gradient,) = torch.autograd.grad(info_nce(q, k, scale=2.0), q, create_graph=True)

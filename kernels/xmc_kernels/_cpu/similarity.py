@@ -40,7 +40,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _linear() -> Any:
-    """oneDNN's `nn.Linear` without a bias."""
+    """The `nn.Linear` of oneDNN, without a bias."""
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
