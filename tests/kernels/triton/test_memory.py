@@ -10,8 +10,10 @@ import torch
 from xmc_kernels import float8
 from xmc_kernels._reference import classifier as reference_step
 from xmc_kernels._reference import fan_in as reference
+from xmc_kernels._reference import similarity as reference_similarity
 from xmc_kernels._reference import topk as reference_topk
 from xmc_kernels.layer import Layer
+from xmc_kernels.pairs import Pairs
 from xmc_kernels.update import ClassifierState, UpdateRule, make_state
 
 LAYERS = [
@@ -93,3 +95,36 @@ def test_every_kernel_stays_in_its_tensors(
             results.append((value, d_x, own.bias, *moments(state)))
         for ours, expected in zip(results[1], results[0], strict=True):
             close(ours, expected, rtol=0.15 if moment_dtype == "float8" else 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(13, 21, 5), (141, 333, 70)], ids=str)
+def test_losses_of_similarities_stay_in_their_tensors(shape, dtype, device, monkeypatch) -> None:
+    from xmc_kernels._triton import similarity, tiles
+
+    # Parts of one tile each way.
+    monkeypatch.setattr(similarity, "_PART_ROWS", 1)
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 0)
+    rows, keys, dim = shape
+    g = torch.Generator().manual_seed(rows)
+    q, k = (torch.randn(n, dim, generator=g).to(device, dtype) for n in (rows, keys))
+    positive = torch.rand(rows, keys, generator=g) < 0.05
+    indptr = torch.zeros(rows + 1, dtype=torch.int64)
+    indptr[1:] = positive.sum(1).cumsum(0)
+    ids = (torch.randint(5, (n,), generator=g) for n in (rows, keys))
+    tensors = (indptr, positive.nonzero()[:, 1].int(), *ids)
+    pairs = Pairs(*(t.to(device) for t in tensors))
+    target = torch.rand(pairs.num_pairs, generator=g).to(device)
+    weight = torch.rand(rows, generator=g).to(device)
+    scale, bias = torch.tensor(2.0, device=device), torch.tensor(-1.0, device=device)
+    results = []
+    for module in (similarity, reference_similarity):
+        numbers = (q, k, scale, bias, pairs, weight, True, True)
+        results.append(list(module.sigmoid_loss(*numbers)))
+        for columns, decoupled in ((None, False), (target, False), (target, True)):
+            numbers = (q, k, scale, pairs, target, columns, decoupled, True, True)
+            results[-1] += module.softmax_loss(*numbers)
+    for ours, expected in zip(*results, strict=True):
+        error = 0.02 * expected.abs().max().float().item()
+        torch.testing.assert_close(ours.float(), expected.float(), rtol=0, atol=error)

@@ -339,7 +339,7 @@ def normal(contrastive_oracle):
 @pytest.mark.parametrize("shape", [(300, 520, 96), (1000, 777, 61), (130, 5000, 768)], ids=str)
 def test_the_operations_on_a_gpu_equal_float64(shape, dtype, limit, kind, case) -> None:
     c = case(*shape, kind)
-    q, k, scale, _, row_target, column_target, decoupled = softmax_arguments(c, dtype, 20.0)
+    q, k, scale, _, row_target, column_target, decoupled = softmax_arguments(c, dtype, 5.0)
     for name in ("softmax_loss", "sigmoid_loss"):
         results = []
         for device, wide in (("cuda", False), ("cpu", True)):
@@ -352,7 +352,7 @@ def test_the_operations_on_a_gpu_equal_float64(shape, dtype, limit, kind, case) 
                 rest = (pairs, on(row_target), on(column_target))
                 options = {"decoupled": decoupled}
             else:
-                rest, options = (on(torch.tensor(-8.0)), pairs, on(c.weights.float())), {}
+                rest, options = (on(torch.tensor(-2.0)), pairs, on(c.weights.float())), {}
             one = getattr(operations, name)(on(q), on(k), on(scale), *rest, **options)
             results.append([t.cpu().double() for t in one])
         for ours, truth in zip(*results, strict=True):
@@ -370,26 +370,29 @@ def test_results_repeat_bit_for_bit_on_a_gpu(dtype, normal) -> None:
 
 
 @pytest.mark.gpu
-def test_a_large_batch_stays_within_20_bytes_a_feature_element(normal) -> None:
+def test_a_large_batch_takes_at_most_20_bytes_a_feature_element(normal) -> None:
     q, k, pairs, target = normal(65536, 256)
     q, k = q.bfloat16(), k.bfloat16()
     scale = torch.tensor(20.0, device="cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss, dq, dk, _ = operations.softmax_loss(q, k, scale, pairs, target, target)
+    _, dq, dk, _ = operations.softmax_loss(q, k, scale, pairs, target, target)
     elements = q.numel() + k.numel()
     more = torch.cuda.max_memory_allocated() - before
-    # Inputs are 2 bytes each. 96 MiB are the scratch and the sums of a part.
+    # Gradients and sums of dk in float32, and the scratch of a part: constant.
+    assert more < 4 * elements + 2**28, more
     assert more + 2 * elements < 20 * elements, more / elements
-    assert more < 4 * elements + 96 * 2**20 + 2**26, more
-    rows = torch.randint(65536, (64,), device="cuda")
-    scores = 20 * (q[rows].double() @ k.double().T)
-    share = torch.softmax(scores, 1)
-    share[torch.arange(64), rows] -= 1
-    columns = torch.randint(65536, (64,), device="cuda")
-    assert torch.isfinite(loss)
-    assert torch.isfinite(dq).all()
-    assert torch.isfinite(dk).all()
-    assert share.shape == (64, 65536)
-    assert columns.shape == (64,)
+
+    # Some rows of dq and dk against the definition.
+    some = torch.arange(7, 65536, 1021, device="cuda")
+    for mine, theirs, gradient in ((q, k, dq), (k, q, dk)):
+        other = torch.cat(
+            [(20 * t @ mine.float().T).logsumexp(1) for t in theirs.float().split(512)]
+        )
+        scores = 20 * mine[some].double() @ theirs.double().T
+        share = scores.softmax(1) + (scores - other).exp()
+        share[torch.arange(len(some)), some] -= 2
+        truth = 20 * 0.5 / 65536 * share @ theirs.double()
+        error = (gradient[some].double() - truth).norm() / truth.norm()
+        assert error < 6e-3, error
