@@ -256,11 +256,12 @@ def test_only_wanted_gradients_are_returned(case) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
-def test_bfloat16_features_cost_what_their_gradient_tiles_do(scale, case) -> None:
+def test_bfloat16_features_cost_what_their_gradient_tiles_do(scale, case, monkeypatch) -> None:
     c = case(200, 200, 64, "symmetric")
     q, k, *rest = c.arguments(torch.bfloat16, scale)
     wide = (t.double() if isinstance(t, Tensor) else t for t in rest)
     truth = similarity.softmax_loss(q.double(), k.double(), *wide)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
     ours = similarity.softmax_loss(q, k, *rest)
     assert [t.dtype for t in ours] == [torch.float32, *2 * [torch.bfloat16], torch.float32]
     # Scores and sums are float32: the value has no error of bfloat16.
@@ -268,6 +269,11 @@ def test_bfloat16_features_cost_what_their_gradient_tiles_do(scale, case) -> Non
     for got, want in zip(ours[1:3], truth[1:3], strict=True):
         error = (got.double() - want).norm() / want.norm()
         assert error < 0.006, error
+    # Without products of bfloat16 all of it is float32, but for the rounded result.
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    for got, want in zip(similarity.softmax_loss(q, k, *rest)[1:3], truth[1:3], strict=True):
+        error = (got.double() - want).norm() / want.norm()
+        assert error < 0.003, error
     half = similarity.softmax_loss(q.half(), k.half(), *rest)
     error = (half[1].double() - truth[1]).norm() / truth[1].norm()
     assert half[1].dtype == torch.float16 and error < 0.002, error

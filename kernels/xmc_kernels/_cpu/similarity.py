@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from xmc_kernels._cpu import similarity_tiles as sweeps
@@ -44,6 +45,13 @@ def _linear() -> Any:
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16, at twice the rate of float32 or more."""
+    features = get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,7 @@ class Engine:
     def add(self, place: Place, g: Tensor) -> None:
         """Add what one tile of G contributes."""
         sums = self.gradients
-        if self.q.dtype == torch.bfloat16:
-            # Four times the rate of float32 where the processor has products of bfloat16.
+        if self.q.dtype == torch.bfloat16 and multiplies_bfloat16():
             g = g[:, : place.num_columns].bfloat16()
             if sums.want_q:
                 sums.dq[place.rows] += g @ self.k[place.columns]
@@ -154,7 +161,8 @@ class Engine:
         if sums.want_q:
             sums.dq[place.rows] += product(g, self.keys(place).T)
         if sums.want_k:
-            sums.dk[place.columns] += product(g.T, self.q[place.rows].T)[: place.num_columns]
+            dk = product(g.T, self.q[place.rows].float().T)
+            sums.dk[place.columns] += dk[: place.num_columns]
 
 
 @dataclass(frozen=True)
