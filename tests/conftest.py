@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import io
 import json
 import os
 import random
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +55,40 @@ def _module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    """The benchmark scripts that a test file names in `MODULES`, as modules.
+
+    Off `sys.path` and `sys.modules` again afterwards.
+    """
+    names: tuple[str, ...] = request.module.MODULES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def run_bench() -> Callable[..., str]:
+    """Run a benchmark script with arguments; what it printed, its exit status checked."""
+
+    def run(script: str, *arguments: object, expected: int = 0) -> str:
+        command = [sys.executable, BENCH / script, *arguments]
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == expected, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,41 +15,24 @@ from xmc_kernels.classifier import UpdateRule, classifier_step_, make_state
 from xmc_kernels.fan_in import fan_in_linear
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "scripts" / "bench"
 MODULES = (
     "classifier",
     "classifier_baselines",
     "classifier_jobs",
     "classifier_report",
     "provenance",
+    "records",
     "timing",
 )
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The scripts as modules, off `sys.path` and `sys.modules` again afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        modules = {name: importlib.import_module(name) for name in MODULES}
-        yield SimpleNamespace(**modules)
-        for name in MODULES:
-            sys.modules.pop(name, None)
-
-
-def run(*arguments: object, expected: int = 0) -> str:
-    command = [sys.executable, BENCH / "classifier.py", *arguments]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def run(run_bench):
+    return functools.partial(run_bench, "classifier.py")
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, run):
     """A quick sweep over labels, everything that runs the reference included."""
     output = tmp_path_factory.mktemp("bench") / "lines.jsonl"
     run(
@@ -113,7 +95,7 @@ def test_state_counts_weights_indices_biases_once(measured):
         assert moved == pytest.approx(size, rel=0.05), what
 
 
-def test_tables_and_plots_come_from_the_lines(measured):
+def test_tables_and_plots_come_from_the_lines(measured, run):
     plot = measured.with_name("lines_labels.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert not measured.with_name("lines_batch.png").exists()  # one batch size is no line
@@ -129,13 +111,13 @@ def test_tables_and_plots_come_from_the_lines(measured):
     assert line["commit"] in text
 
 
-def test_a_table_needs_lines(tmp_path):
+def test_a_table_needs_lines(tmp_path, run):
     text = run("--table", "--output", tmp_path / "none.jsonl", expected=1)
     assert "expected measured lines in" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_an_error():
+def test_a_missing_gpu_is_an_error(run):
     text = run("--device", "cuda", "--quick", expected=2)
     assert "expected a CUDA device, got none" in text
 
@@ -290,7 +272,7 @@ def test_dense_variants_stop_where_they_grow_too_large(bench):
     assert fits(shape, torch.bfloat16, 0.7)
 
 
-def test_only_names_what_is_timed(tmp_path):
+def test_only_names_what_is_timed(tmp_path, run):
     output = tmp_path / "lines.jsonl"
     only = ("--quick", "--device", "cpu", "--threads", 1, "--output", output, "--only")
     run(*only, "forward, sparse G1 float32")
@@ -313,4 +295,5 @@ def test_gpu_check_goes_on_after_a_failure_and_fails(tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "invalid choice: 'nothing'" in (tmp_path / "classifier.txt").read_text()
     assert "== table" in done.stdout
+    assert (tmp_path / "contrastive.jsonl").read_text().count('"operation": "loss"') == 30
     assert "gpu_check: failed: classifier table" in done.stderr

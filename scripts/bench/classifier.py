@@ -39,8 +39,9 @@ from classifier_jobs import (
     sparse_jobs,
     variants,
 )
-from classifier_report import plot_sweeps, read_records, show, tables
+from classifier_report import plot_sweeps, show, tables
 from provenance import RESULTS, append, provenance
+from records import read_records
 from timing import Job, copy_job, time_jobs
 
 SWEEPS = ("labels", "fan-in", "batch")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from classifier_jobs import OPERATIONS, Shape
+from records import Record, markdown, megabytes, where_from
+from records import latest as last_of
 
-Record = dict[str, Any]
 _BATCHES = (32, 64, 128, 256)
 _SMALL_BATCHES = (1, 4, 8, 16)
 _STYLES = {"float32": "-", "bfloat16": "--", "float8": ":"}
@@ -21,23 +20,9 @@ _AXES = {
 }
 
 
-def read_records(path: Path) -> list[Record]:
-    """The lines of a results file."""
-    if not path.exists():
-        raise SystemExit(f"expected measured lines in {path}, got no such file: measure first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def latest(records: Iterable[Record]) -> list[Record]:
     """Of the device and threads measured last, the last line of each operation and shape."""
-    records = list(records)
-    where = [(r["device"], r["threads"]) for r in records]
-    kept = {}
-    for record, place in zip(records, where, strict=True):
-        if place == where[-1]:
-            names = ("operation", "what", "L", "D", "F", "fan_in_wanted", "B")
-            kept[tuple(record.get(name) for name in names)] = record
-    return list(kept.values())
+    return last_of(records, ("operation", "what", "L", "D", "F", "fan_in_wanted", "B"))
 
 
 def at(record: Record, shape: Shape, free: str = "") -> bool:
@@ -65,25 +50,13 @@ def show(shape: Shape, records: Sequence[Record], about: Record) -> None:
         numbers = [r["median_ms"], r["p20_ms"], r["p80_ms"], r["gflop_per_s"]]
         numbers.append(100 * r["share_of_copy"])
         text = "".join(f"{number:10.2f}" for number in numbers)
-        print(f"  {name:44s}{text}{_megabytes(r):>10s}", flush=True)
-
-
-def _megabytes(record: Record) -> str:
-    extra = record["peak_extra_bytes"]
-    return "-" if extra is None else f"{extra / 1e6:.1f}"
+        print(f"  {name:44s}{text}{megabytes(r):>10s}", flush=True)
 
 
 def tables(records: Iterable[Record], headline: Shape) -> str:
     """Markdown: the headline shape, the step over fan-in and rows, top-k of a few rows."""
     records = latest(records)
-    if not records:
-        raise SystemExit("expected measured lines, got an empty file")
-    r = records[-1]
-    commits = ", ".join(sorted({record["commit"] for record in records}))
-    dates = sorted({record["date"] for record in records})
-    versions = ", ".join(f"{n} {r[n]}" for n in ("torch", "numba", "triton") if r.get(n))
-    about = f"{r['device']}, {r['threads']} threads, {versions}, commit {commits}, {dates[-1]}."
-    parts = [about, _headline_table(records, headline)]
+    parts = [where_from(records), _headline_table(records, headline)]
     steps = [record for record in records if record["operation"] == "step"]
     topk = [record for record in records if record["operation"] == "top-k"]
     parts += [_grid(steps, headline), _few_rows(topk, headline)]
@@ -110,13 +83,13 @@ def _headline_table(records: Sequence[Record], shape: Shape) -> str:
                 ratio,
                 f"{r['gflop_per_s']:.0f}",
                 f"{r['state_gb_per_s']:.1f} ({100 * r['share_of_copy']:.0f}%)",
-                _megabytes(r),
+                megabytes(r),
             ]
         )
     title = f"L={shape.L:,}, D={shape.D}, F={shape.F}, B={shape.B}:"
     names = "operation|variant|F|ms, median (p20 - p80)|against dense float32|GFLOP/s"
     header = [*names.split("|"), "GB/s of state (of a copy's)", "extra MB"]
-    return f"{title}\n\n{_markdown(header, rows)}" if rows else ""
+    return f"{title}\n\n{markdown(header, rows)}" if rows else ""
 
 
 def _grid(records: Sequence[Record], shape: Shape) -> str:
@@ -165,12 +138,7 @@ def _by_batch(
         [f"{first:,}", what, *(cells.get((first, what, b), "") for b in batches)]
         for first, what in lines
     ]
-    return _markdown([line[0], "variant", *(f"B={b}" for b in batches)], rows)
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([line[0], "variant", *(f"B={b}" for b in batches)], rows)
 
 
 def plot_sweeps(records: Iterable[Record], shape: Shape, output: Path) -> list[Path]:

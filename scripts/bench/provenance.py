@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """The fields that every line of a results file carries; no paths outside the repository."""
+def provenance(
+    device: str = "cpu", packages: Sequence[str] = ("numba", "triton")
+) -> dict[str, Any]:
+    """The fields that every line of a results file carries; no paths outside the repository.
+
+    `packages` are those whose versions matter, beside torch's.
+    """
     folder = Path(__file__).parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -30,7 +36,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu: {cpu_name()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("numba", "triton")},
+        **{name: _version(name) for name in packages},
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
