@@ -113,6 +113,15 @@ class HeadConfig:
     copy. float8 (sparse only, with a scale per label) is experimental."""
     loss: Literal["bce", "squared_hinge"] = "bce"
     """Summed over labels, mean over examples."""
+    bag_fan_in: NonNegative = 0
+    """Features of the bag itself that each label reads besides fan_in of the representation, those
+    that weigh most in its training texts; sparse heads over bags only. Rare labels gain most, for
+    which the representation holds little. 0: none."""
+    bag_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """What these features, as bags of length one, are multiplied with; with AdamW that multiplies
+    how fast their part of a score is learned."""
+    bag_init: Rate = 15.0
+    """Score that these features alone give at the start to a text like all of a label's texts."""
     bias_init: Literal["zero", "log_prior"] = "log_prior"
     """log_prior: logit of the label's frequency, so that training starts at the base rate."""
     order: Literal["none", "random", "frequency", "cluster"] = "none"
@@ -144,12 +153,22 @@ class HeadConfig:
             "weight_dtype": self.weight_dtype == "float8",
             "order": self.order != "none",
             "dense_share": self.dense_share,
+            "bag_fan_in": self.bag_fan_in,
         }
         for name, wanted in sparse_only.items():
             if wanted and self.kind != "sparse":
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} needs kind = 'sparse', got {self.kind!r}"
                 )
+        if self.bag_fan_in:
+            plain = {"group_size": 1, "pattern": "", "order": "none", "dense_share": 0.0}
+            for name, value in plain.items():
+                if (got := getattr(self, name)) != value:
+                    raise ValueError(
+                        f"bag_fan_in: expected {name} = {value!r} beside it, got {got!r}"
+                    )
+            if self.weight_dtype == "float8":
+                raise ValueError('bag_fan_in: expected weights of 16 bits or more, got "float8"')
         if (self.propensity_a > 0) != (self.propensity_b > 0):
             raise ValueError(
                 "expected both propensity_a and propensity_b above 0, or neither, "
@@ -404,6 +423,16 @@ class Config:
             name, width = "intermediate", self.encoder.intermediate
         elif self.encoder.kind == "transformer":
             width = self.head.fan_in  # its hidden size is not known here
+        if self.head.bag_fan_in:
+            if self.features.kind != "bag":
+                raise ValueError(
+                    f'head.bag_fan_in: needs features.kind = "bag", got "{self.features.kind}"'
+                )
+            if self.rewire.method != "static":
+                raise ValueError(
+                    "head.bag_fan_in: the features of the bag stay as chosen, expected "
+                    f'rewire.method = "static", got "{self.rewire.method}"'
+                )
         contrastive = self.train.objective == "contrastive"
         if self.head.kind == "sparse" and self.head.fan_in > width and not contrastive:
             raise ValueError(

@@ -24,9 +24,11 @@ from xmc.config import Config, ConfigError, from_dict, to_dict
 from xmc.data.features import Features, load_features
 from xmc.files import write_file, write_json
 from xmc.heads.arranged import ArrangedHead
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.order import is_arranged
 from xmc.heads.retrieval import RetrievalHead
+from xmc.nn.bag_reps import join_bag
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
 from xmc.nn.lora import add_lora_, merged_weights
@@ -34,7 +36,7 @@ from xmc.nn.tower import Tower
 from xmc.nn.transformer import TransformerEncoder
 from xmc.nn.warm_start import read_bag_encoder_
 from xmc.runs import check_same_labels
-from xmc.types import Bag, Batch, SparseLabels, Tokens, TopK
+from xmc.types import Bag, BagReps, Batch, SparseLabels, Tokens, TopK
 
 _VERSION = 1
 
@@ -70,15 +72,23 @@ class XMCModel(nn.Module):
         return self.head.topk(self.reps(inputs), k, exclude)
 
     @torch.inference_mode()
-    def reps(self, inputs: Bag | Tokens) -> Tensor:  # [B, D]
+    def reps(self, inputs: Bag | Tokens) -> Any:  # Tensor [B, D] or BagReps, as the head wants it
         """What the head reads of each input, without dropout; restores the training mode."""
         training = self.encoder.training
         self.encoder.eval()
         try:
-            out: Tensor = self.intermediate(self.encoder(inputs))
-            return out
+            return self.head_inputs(self.intermediate(self.encoder(inputs)), inputs)
         finally:
             self.encoder.train(training)
+
+    def head_inputs(self, reps: Tensor, inputs: Bag | Tokens) -> Tensor | BagReps:
+        """The representations [B, D], with their bags where the head reads these too."""
+        if not isinstance(self.head, BagClassifierHead):
+            return reps
+        assert isinstance(inputs, Bag)  # the recipe was checked
+        options = self.config.head
+        least = options.fan_in + options.bag_fan_in
+        return join_bag(reps, inputs, options.bag_scale, least=least)
 
     def probabilities(self, scores: Tensor) -> Tensor:  # [B, C] -> [B, C]
         """Estimates of P(label | text) from scores, in the same order.
@@ -168,6 +178,7 @@ def build_model(
         order,
         label_shares=label_shares,
         positive_weight=positive_weight,
+        num_bag_features=features.num_features,
     )
     return XMCModel(config, features, labels, encoder, head, intermediate)
 
@@ -211,7 +222,7 @@ def load_model(folder: Path) -> XMCModel:
         if config.train.objective == "contrastive":
             model = _retrieval_model(config, features, labels, encoder, intermediate)
         else:
-            head = _build_head(config, width, len(labels))
+            head = _build_head(config, width, len(labels), num_bag_features=features.num_features)
             model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
     tensors = _read_tensors(path)
@@ -315,7 +326,18 @@ def _build_head(
     *,
     label_shares: Tensor | None = None,
     positive_weight: Tensor | None = None,
+    num_bag_features: int,
 ) -> ClassifierHead | ArrangedHead:
+    if config.head.bag_fan_in:
+        return BagClassifierHead.from_options(
+            in_features,
+            num_bag_features,
+            num_labels,
+            config.head,
+            config.classifier_optimizer,
+            label_shares=label_shares,
+            positive_weight=positive_weight,
+        )
     if is_arranged(num_labels, config.head):
         return ArrangedHead.from_config(
             in_features,

@@ -172,6 +172,23 @@ class Bag:
 
 
 @dataclass(frozen=True)
+class BagReps:
+    """Representations of B examples, and beside them the features of their bags.
+
+    Of all the features of a vocabulary only those that occur in the batch have a column.
+    """
+
+    values: Tensor  # [B, D + A + Z]: the representation, these features, one or more zeros
+    active: Tensor  # [A] int64, rising: the features that occur
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def detach(self) -> BagReps:
+        return BagReps(self.values.detach(), self.active)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Padded token ids with their attention mask."""
 

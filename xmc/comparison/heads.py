@@ -24,7 +24,13 @@ _OWN = {
 }
 HEADS = tuple(_OWN)
 _PLAIN = ("head.group_size=1", "head.pattern=", "head.order=none")
-_DENSE = ("head.kind=dense", "rewire.method=static", "head.dense_share=0.0", *_PLAIN)
+_DENSE = (
+    "head.kind=dense",
+    "rewire.method=static",
+    "head.dense_share=0.0",
+    *"head.bag_fan_in=0",
+    *_PLAIN,
+)
 _SPARSE = ("head.kind=sparse", *_PLAIN)
 
 # What decides the steps, the validation rows and the features: one for all heads.

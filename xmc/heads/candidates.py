@@ -17,6 +17,8 @@ def candidate_scores(
     layer: FixedFanInLinear | nn.Linear,
     reps: Tensor,  # [B, D]
     labels: Tensor,  # [B, C] int64, -1 for padding
+    *,
+    columns: Tensor | None = None,  # [in_features] int32, the column of reps that each input is
 ) -> Tensor:  # [B, C] float32
     """`layer(reps).gather(1, labels)` without the scores of other labels; -inf for padding.
 
@@ -33,14 +35,16 @@ def candidate_scores(
     width = max(labels.shape[1] * layer.weight.shape[1], 1)
     size = max(_NUMBERS // width, 1)
     parts = [
-        _scores(layer, part.float(), own)
+        _scores(layer, part.float(), own, columns)
         for part, own in zip(reps.split(size), chosen.split(size), strict=True)
     ]
     scores = torch.cat(parts) if parts else reps.new_empty(labels.shape, dtype=torch.float32)
     return scores.masked_fill(padding, -torch.inf)
 
 
-def _scores(layer: FixedFanInLinear | nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+def _scores(
+    layer: FixedFanInLinear | nn.Linear, x: Tensor, labels: Tensor, columns: Tensor | None
+) -> Tensor:
     """[b, C] float32, from b rows x [b, D] and labels [b, C]."""
     weight = _rows(layer.weight, labels).float()  # [b, C, F], or [b, C, D] of a dense layer
     if isinstance(layer, FixedFanInLinear):
@@ -49,7 +53,9 @@ def _scores(layer: FixedFanInLinear | nn.Linear, x: Tensor, labels: Tensor) -> T
         index = _rows(layer.index, labels // layer.group_size)
         if layer.pattern is not None:
             index = unpack_index(index.flatten(0, 1), layer.pattern, layer.fan_in)
-        inputs = x.gather(1, index.reshape(len(x), -1).long()).view(weight.shape)
+        inside = index.reshape(len(x), -1).long()
+        inside = inside if columns is None else columns[inside].long()
+        inputs = x.gather(1, inside).view(weight.shape)
         scores = (weight * inputs).sum(-1)
     else:
         scores = torch.einsum("bcd,bd->bc", weight, x)

@@ -73,7 +73,7 @@ class ClassifierHead(nn.Module):
     ) -> ClassifierHead:
         """A fresh head; `label_shares` feeds the log-prior bias."""
         layer: FixedFanInLinear | nn.Linear
-        dtype = _DTYPES[config.weight_dtype]
+        dtype = DTYPES[config.weight_dtype]
         if config.kind == "sparse":
             layer = FixedFanInLinear(
                 in_features,
@@ -85,13 +85,7 @@ class ClassifierHead(nn.Module):
             )
         else:
             layer = nn.Linear(in_features, num_labels, dtype=dtype)
-        assert layer.bias is not None
-        layer.bias = nn.Parameter(layer.bias.float())  # one a label: not worth the rounding
-        bias = layer.bias
-        with torch.no_grad():
-            bias.zero_()
-            if config.bias_init == "log_prior" and label_shares is not None:
-                bias.copy_(torch.logit(label_shares.double(), eps=1e-7))
+        layer.bias = starting_bias(layer.bias, config, label_shares)
         return cls(
             layer,
             loss=config.loss,
@@ -121,6 +115,10 @@ class ClassifierHead(nn.Module):
             "positive_weight": self.positive_weight,
         }
 
+    def _read(self, reps: Any) -> tuple[Tensor, Tensor | None]:
+        """What the operations read, and each label's place in it: all of `reps`, by `index`."""
+        return reps, self.index
+
     @property
     def moments(self) -> ClassifierState:
         """The optimizer's state, made at first use: a head that only predicts holds none."""
@@ -146,10 +144,11 @@ class ClassifierHead(nn.Module):
 
         Raises ValueError on representations that are not finite.
         """
+        x, index = self._read(reps)
         loss, d_reps = classifier_step_(
-            reps,
+            x,
             self.layer.weight,
-            self.index,
+            index,
             self.layer.bias,
             labels.indptr,
             labels.indices,
@@ -175,8 +174,9 @@ class ClassifierHead(nn.Module):
     ) -> TopK:
         """The k best labels of each row, streamed over label tiles."""
         pairs = None if exclude is None else (exclude.indptr, exclude.indices)
+        x, index = self._read(reps)
         scores, labels = fan_in_topk(
-            *(reps, self.layer.weight, self.index, self.layer.bias, k),
+            *(x, self.layer.weight, index, self.layer.bias, k),
             **self._storage,
             exclude=pairs,
         )
@@ -252,11 +252,24 @@ class ClassifierHead(nn.Module):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float8": torch.float8_e4m3fn,
 }
+
+
+def starting_bias(
+    bias: Tensor | None,  # [L]
+    config: HeadConfig,
+    label_shares: Tensor | None,  # [L]
+) -> nn.Parameter:  # [L] float32
+    """Zeros, or the logits of the shares: one a label, not worth the rounding of weights."""
+    assert bias is not None
+    start = torch.zeros_like(bias, dtype=torch.float32)
+    if config.bias_init == "log_prior" and label_shares is not None:
+        start.copy_(torch.logit(label_shares.double(), eps=1e-7))
+    return nn.Parameter(start)
 
 
 def _checked(positive_weight: Tensor | None, num_labels: int) -> Tensor | None:

@@ -19,10 +19,12 @@ from xmc.config import Config, ConfigError, HeadConfig, load_recipe, to_dict
 from xmc.data.batches import Dataset, load_dataset, train_validation_split
 from xmc.data.features import Features, fit_features
 from xmc.data.formats import has_split, read_labels
+from xmc.data.label_features import label_features
 from xmc.data.label_store import load_label_texts
 from xmc.data.label_texts import with_label_texts
 from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.order import label_order
 from xmc.model import XMCModel, build_model, load_model, save_model
 from xmc.nn.clusters import Clusters
@@ -125,6 +127,10 @@ def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Train
             seed=config.train.seed,
         ),
     ).to(setup.device)
+    if isinstance(model.head, BagClassifierHead):
+        options = config.head
+        words = label_features(train_set, max_terms=options.bag_fan_in)
+        model.head.choose_features_(words, options.bag_init / options.bag_scale)
     width = model.encoder.out_features
     trainer = Trainer(
         model,

@@ -37,7 +37,7 @@ from xmc.training.passes import FittingPasses, make_passes
 from xmc.training.progress import Track, untracked
 from xmc.training.replay import random_states, set_random_states_
 from xmc.training.schedule import lr_factor
-from xmc.types import Batch
+from xmc.types import BagReps, Batch
 
 
 class Trainer:
@@ -183,18 +183,20 @@ class Trainer:
                 'train with encoder.autocast = "bfloat16" or "none"'
             )
         reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
+        read = self.model.head_inputs(reps, batch.inputs)
         if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
             self._step_reps.append(reps.detach())
-        inputs = (reps, pooled)  # of the classifier and of the auxiliary head
         results = [
             part.loss_and_grad(
                 x.detach(), batch.labels, num_rows=num_rows, update=update, weight=weight
             )
-            for (part, weight), x in zip(heads, inputs, strict=False)
+            # Of the classifier and of the auxiliary head.
+            for (part, weight), x in zip(heads, (read, pooled), strict=False)
         ]
+        reps = read.values if isinstance(read, BagReps) else reps
         if meter is not None:
             meter.add([pulled_back(results[0], reps, pooled), *results[1:]])
-        backward(inputs, [self.scaler.scale(result.d_reps) for result in results])
+        backward((reps, pooled), [self.scaler.scale(result.d_reps) for result in results])
         return float(sum(result.loss for result in results))
 
     def _fitting_step(
