@@ -195,6 +195,7 @@ class _Inputs:
         tiles = self.tiles("gradient" if weights.bias is None else "sigmoid")
         unit = max(tiles.m, tiles.n, self.tiles("products").m)
         num_rows, num_keys = part_size(self.q, self.k, unit)
+        weights = weights.padded(unit)
         products = Products(self.wide_q, self.wide_k, (num_rows, num_keys), tiles, want_q, want_k)
         dq = self.q.new_empty(self.q.shape if want_q else (0, self.q.shape[1]))
         programs = cdiv(num_rows, tiles.m) * cdiv(num_keys, tiles.n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -228,8 +229,8 @@ def _similarity_gradient_kernel(
     key_ids_ptr,  # [num_keys]
     row_weight_ptr,  # [num_rows]
     row_lse_ptr,  # [num_rows] of the softmax loss
-    column_weight_ptr,  # [num_keys] or None
-    column_lse_ptr,  # [num_keys]
+    column_weight_ptr,  # [num_keys up to whole tiles: masks cost registers], or None
+    column_lse_ptr,  # the same
     grad_ptr,  # [blocks of rows * BLOCK_M, stride_gm], or None: not wanted
     sums_ptr,  # [programs, 3] float64, added to: of G * (q @ k.T), G, the loss
     num_rows,
@@ -289,8 +290,8 @@ def _similarity_gradient_kernel(
         row_lse = tl.load(row_lse_ptr + rows, mask=mask_m, other=0.0)
         grad = row_weight[:, None] * tl.exp(score - row_lse[:, None])
         if column_lse_ptr is not None:
-            column_weight = tl.load(column_weight_ptr + columns, mask=mask_n, other=0.0)
-            column_lse = tl.load(column_lse_ptr + columns, mask=mask_n, other=0.0)
+            column_weight = tl.load(column_weight_ptr + columns)
+            column_lse = tl.load(column_lse_ptr + columns)
             grad += column_weight[None, :] * tl.exp(score - column_lse[None, :])
     else:
         logit = score + tl.load(bias_ptr)
@@ -317,9 +318,17 @@ class Weights(NamedTuple):
 
     row_weight: Tensor  # [rows]
     row_lse: Tensor | None = None  # [rows] of the softmax loss
-    column_weight: Tensor | None = None  # [keys]
-    column_lse: Tensor | None = None  # [keys]
+    column_weight: Tensor | None = None  # [keys]; memory goes on up to whole tiles
+    column_lse: Tensor | None = None  # [keys], the same
     bias: Tensor | None = None  # [] of the sigmoid loss
+
+    def padded(self, unit: int) -> Weights:
+        """Those of columns with zeros up to a multiple of unit."""
+        weight, lse = (
+            None if t is None else F.pad(t, (0, -len(t) % unit))
+            for t in (self.column_weight, self.column_lse)
+        )
+        return self._replace(column_weight=weight, column_lse=lse)
 
     def of_part(self, rows: slice, keys: slice) -> Weights:
         """Those of these rows and keys."""

@@ -192,13 +192,13 @@ def block_tiles(num_rows: int, layer: Layer, dtype: torch.dtype) -> BlockTiles:
 def product_tiles(
     kernel: str, wide: bool, device: torch.device, m: int, n: int, k: int
 ) -> ProductTiles:
-    """Tiles of a kernel of `similarity.py`, cut to the shape but not below 64 x 64 x 16."""
+    """Tiles of a kernel of `similarity.py`, cut to the shape but not below 64 x 64 x 32."""
     most = table(device).products[kernel, wide]
     return replace(
         most,
         m=min(max(64, power_of_2(m)), most.m),
         n=min(max(64, power_of_2(n)), most.n),
-        k=min(max(16, power_of_2(k)), most.k),
+        k=min(max(32, power_of_2(k)), most.k),
     )
 
 
