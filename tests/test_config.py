@@ -88,7 +88,8 @@ def test_every_shipped_recipe_loads_by_name(name):
         (
             "[head]\nfanin = 3",
             "head.fanin: unknown key (known: kind, fan_in, group_size, pattern, weight_dtype, "
-            "loss, bias_init, order, dense_share, dense_lr_scale, label_smoothing, "
+            "loss, bag_fan_in, bag_scale, bag_init, bias_init, order, dense_share, dense_lr_scale, "
+            "label_smoothing, "
             "positive_weight, propensity, propensity_a, propensity_b); "
             "did you mean fan_in?",
         ),

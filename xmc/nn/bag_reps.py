@@ -17,7 +17,8 @@ def join_bag(
 ) -> BagReps:
     """`reps` with a column for every feature that occurs in `bag`, differentiable in `reps`.
 
-    One column of zeros follows, or as many as make `least` columns. Bags count `scale` times, as vectors of length one. Raises ValueError where rows differ.
+    One column of zeros follows, or as many as make `least` columns. Bags count `scale` times, as
+    vectors of length one. Raises ValueError where rows differ.
     """
     if len(reps) != len(bag):
         raise ValueError(f"expected {len(reps)} bags to match the representations, got {len(bag)}")
