@@ -16,7 +16,6 @@ from xmc.config import (
     to_dict,
 )
 
-
 DUAL = "[train]\nobjective = 'contrastive'\n"
 TOKENS = "[features]\nkind = 'tokens'\n[encoder]\nkind = 'transformer'\nmodel = 'tiny'\n"
 
@@ -89,14 +88,14 @@ def test_every_shipped_recipe_loads_by_name(name):
             "[head]\nfanin = 3",
             "head.fanin: unknown key (known: kind, fan_in, group_size, pattern, weight_dtype, "
             "loss, bag_fan_in, bag_scale, bag_init, bias_init, order, dense_share, dense_lr_scale, "
-            "label_smoothing, "
-            "positive_weight, propensity, propensity_a, propensity_b); "
+            "label_smoothing, positive_weight, propensity, propensity_a, propensity_b); "
             "did you mean fan_in?",
         ),
         (
             "[heads]\nfan_in = 3",
             "heads: unknown key (known: features, encoder, head, rewire, auxiliary, "
-            "contrastive, negatives, encoder_optimizer, classifier_optimizer, train); did you mean head?",
+            "contrastive, negatives, encoder_optimizer, classifier_optimizer, train); "
+            "did you mean head?",
         ),
         ("lr = 3", "lr: unknown key (known: features, "),
         ("head = 3", "head: input should be an object, got 3"),
