@@ -13,7 +13,7 @@ from contrastive_baselines import SCALE, differentiated, tiled_loss
 from contrastive_jobs import TILED, Inputs, Shape
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from timing import cpu_clock, peak_extra_bytes
+from timing import cpu_clock, give_back_memory, peak_extra_bytes
 
 from xmc.memory import resident_bytes
 from xmc_kernels._cpu import similarity
@@ -23,9 +23,11 @@ def measure_large(shape: Shape) -> dict[str, Any]:
     """A record of one run on the CPU: time, and memory above what the imports hold."""
     run = differentiated(tiled_loss)
     run(*Inputs(Shape(2 * similarity.TILE, shape.D), "cpu")[0])  # compiles
+    give_back_memory()
     before = resident_bytes()
     torch.manual_seed(0)
     q, k = Inputs(shape, "cpu", batches=1)[0]
+    give_back_memory()
     with_inputs = resident_bytes()
     times: list[float] = []
 

@@ -152,11 +152,17 @@ def peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
     if sys.platform != "linux":
         run()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory is not free memory until it is given back
+    give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
+
+
+def give_back_memory() -> None:
+    """Let the C library return freed memory, which counts as resident until then; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:
