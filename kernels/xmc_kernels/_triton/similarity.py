@@ -33,7 +33,12 @@ from xmc_kernels._reference.similarity import blocks, row_sums
 from xmc_kernels._triton import tiles as table
 from xmc_kernels._triton.launch import cdiv
 from xmc_kernels._triton.similarity_pairs import dots_launch, pair_grad_launch
-from xmc_kernels._triton.similarity_products import Products, stores_bfloat16, total
+from xmc_kernels._triton.similarity_products import (
+    Products,
+    stores_bfloat16,
+    tiles_of_products,
+    total,
+)
 from xmc_kernels._triton.similarity_scores import (
     Part,
     Weights,
@@ -147,8 +152,8 @@ class _Inputs:
         numbers = torch.arange(len(q), device=q.device)
         counts = self.pairs.indptr.diff()
         self.queries = numbers.repeat_interleave(counts, output_size=pairs.num_pairs)
-        self.wide_q, self.wide_k = _aligned(q), _aligned(k)
-        self.features = self.wide_q.shape[1]
+        self.aligned_q, self.aligned_k = _aligned(q), _aligned(k)
+        self.features = self.aligned_q.shape[1]
 
     def tiles(self, kernel: str) -> ProductTiles:
         """Of scores: the number of keys and features cuts them."""
@@ -157,14 +162,14 @@ class _Inputs:
 
     def parts(self, num_rows: int, num_keys: int) -> Iterator[tuple[slice, slice, Part]]:
         """All of S, row by row of parts."""
-        tensors = (self.wide_q, self.wide_k, self.scale, self.pairs)
+        tensors = (self.aligned_q, self.aligned_k, self.scale, self.pairs)
         for rows, keys in product(blocks(len(self.q), num_rows), blocks(len(self.k), num_keys)):
             yield rows, keys, Part.of(*tensors, rows, keys)
 
     def dots(self) -> Tensor:  # [nnz]
         """`q @ k.T` at designated pairs."""
         dots = torch.empty(self.pairs.num_pairs, device=self.q.device)
-        tensors = (self.wide_q, self.wide_k, self.queries, self.pairs.indices)
+        tensors = (self.aligned_q, self.aligned_k, self.queries, self.pairs.indices)
         dots_launch(*tensors, dots).run()
         return dots
 
@@ -193,10 +198,11 @@ class _Inputs:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, and the sums of `gradient_launch` over all tiles, [3] float64."""
         tiles = self.tiles("gradient" if weights.bias is None else "sigmoid")
-        unit = max(tiles.m, tiles.n, self.tiles("products").m)
-        num_rows, num_keys = part_size(self.q, self.k, unit)
+        of_products = tiles_of_products(self.aligned_q, self.aligned_k, tiles)
+        unit = max(tiles.m, tiles.n, of_products.m)
+        num_rows, num_keys = size = part_size(self.q, self.k, unit)
         weights = weights.padded(unit)
-        products = Products(self.wide_q, self.wide_k, (num_rows, num_keys), tiles, want_q, want_k)
+        products = Products(self.aligned_q, self.aligned_k, size, of_products, want_q, want_k)
         dq = self.q.new_empty(self.q.shape if want_q else (0, self.q.shape[1]))
         programs = cdiv(num_rows, tiles.m) * cdiv(num_keys, tiles.n)
         sums = torch.zeros(programs, 3, dtype=torch.float64, device=self.q.device)

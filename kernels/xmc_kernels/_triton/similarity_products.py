@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -185,17 +187,13 @@ class Products:
         q: Tensor,  # [Bq, D]
         k: Tensor,  # [Bk, D]
         size: tuple[int, int],  # most rows and keys of a part
-        scores: ProductTiles,
+        tiles: ProductTiles,
         want_q: bool,
         want_k: bool,
     ) -> None:
-        # float16 would flush small numbers of the gradient.
         dtype = torch.bfloat16 if stores_bfloat16(q) else torch.float32
         rows, keys = min(size[0], len(q)), min(size[1], len(k))
-        # A block of the inner dimension has numbers of G that were written, and no others.
-        inner = min(scores.m, scores.n)
-        sizes = (max(rows, keys), q.shape[1], inner)
-        self.tiles = product_tiles("products", dtype == torch.float32, q.device, *sizes)
+        self.tiles = tiles
         self.room = None
         if want_q or want_k:
             self.room = torch.empty(size[0] * size[1], dtype=dtype, device=q.device)
@@ -230,8 +228,22 @@ class Products:
 
 
 def stores_bfloat16(q: Tensor) -> bool:
-    """Whether the gradient in scores is stored and multiplied in bfloat16, else in float32."""
+    """Whether the gradient in scores is stored and multiplied in bfloat16, else in float32.
+
+    float16 would flush its small numbers.
+    """
     return q.dtype == torch.bfloat16 and not INTERPRETED
+
+
+def tiles_of_products(q: Tensor, k: Tensor, scores: ProductTiles) -> ProductTiles:
+    """Tiles whose blocks of the inner dimension end where tiles of scores do, or before.
+
+    So they read numbers that were written, and no others.
+    """
+    wide, inner = not stores_bfloat16(q), min(scores.m, scores.n)
+    sizes = (max(len(q), len(k)), q.shape[1], inner)
+    tiles = product_tiles("products", wide, q.device, *sizes)
+    return replace(tiles, k=min(tiles.k, inner))
 
 
 def total(parts: Tensor, num_rows: int, like: Tensor) -> Tensor:

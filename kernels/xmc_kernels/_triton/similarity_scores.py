@@ -106,12 +106,6 @@ def _dots(
 
 
 @triton.jit
-def _finite(highest):
-    """A number to subtract: 0 where there is no highest."""
-    return tl.where(highest == float("-inf"), 0.0, highest)
-
-
-@triton.jit
 def _log(total):
     """-inf of 0, without a look at it."""
     return tl.where(total > 0.0, tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))

@@ -237,24 +237,37 @@ def test_only_wanted_gradients_are_made(kind, case, engine) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got[4:], rest, strict=True))
 
 
-def test_sizes_of_tiles_and_parts_change_nothing_but_rounding(case, engine, device) -> None:
-    from xmc_kernels._triton import similarity
-
-    c = case(37, 35, 20, "ids")
-    q, k, scale, pairs, row_target, column_target, _ = softmax_arguments(c, torch.float32, 30.0)
-    small = engine("softmax_loss", q, k, scale, pairs, row_target, column_target, False, True, True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "product_tiles", lambda *_: similarity.ProductTiles(*TILES))
-        patch.setattr(similarity.table, "SCRATCH_BYTES", 2**26)
-        for name in ("_PART_ROWS", "_STATISTICS_ROWS", "_STATISTICS_KEYS"):
-            patch.setattr(similarity, name, 4096)
-        large = engine(
-            "softmax_loss", q, k, scale, pairs, row_target, column_target, False, True, True
-        )
-    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-6)
+UNEVEN = {
+    # m, n, k
+    "statistics": (32, 16, 32),
+    "gradient": (16, 32, 16),
+    "sigmoid": (32, 16, 32),
+    "products": (64, 16, 64),
+}
 
 
-TILES = (64, 64, 16, 8, 2)
+def test_sizes_of_tiles_and_parts_change_nothing_but_rounding(
+    case, engine, monkeypatch, device, poisoned
+) -> None:
+    from xmc_kernels._triton import similarity, tiles
+
+    c = case(20, 66, 9, "ids")
+    softmax = (*softmax_arguments(c, torch.float32, 30.0), True, True)
+    sigmoid = (*softmax[:3], torch.tensor(-9.0), c.pairs, c.weights.float(), True, True)
+    results = [[engine("softmax_loss", *softmax), engine("sigmoid_loss", *sigmoid)]]
+    small = tiles.table(device)
+    uneven = {
+        (name, wide): replace(row, **dict(zip("mnk", UNEVEN[name], strict=True)))
+        for (name, wide), row in small.products.items()
+    }
+    monkeypatch.setattr(tiles, "table", lambda device: replace(small, products=uneven))
+    for name in ("_PART_ROWS", "_STATISTICS_ROWS", "_STATISTICS_KEYS"):
+        monkeypatch.setattr(similarity, name, 64)
+    for scratch in (0, 2**26):
+        monkeypatch.setattr(tiles, "SCRATCH_BYTES", scratch)
+        results.append([engine("softmax_loss", *softmax), engine("sigmoid_loss", *sigmoid)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
 
 
 def test_rows_and_columns_far_below_the_others_count(engine) -> None:
