@@ -173,7 +173,7 @@ def _plot(records: Sequence[Record], memory: tuple[str, str], title: str, path: 
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     names = list(dict.fromkeys(r["what"] for r in records))
     names.sort(key=lambda name: name != TILED)
@@ -202,6 +202,7 @@ def _plot(records: Sequence[Record], memory: tuple[str, str], title: str, path: 
         axis.xaxis.set_major_formatter(short)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(visible=True, which="major", alpha=0.3)
     figure.suptitle(title, fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
