@@ -35,9 +35,11 @@ def main() -> None:
     before = peak_memory_bytes()
 
     from xmc.config import load_recipe
+    from xmc.data.label_features import label_features
     from xmc.data.synthetic import make_synthetic
     from xmc.data.vocab import Vocabulary
     from xmc.heads.arranged import ArrangedHead
+    from xmc.heads.bag import BagClassifierHead
     from xmc.heads.classifier import ClassifierHead
     from xmc.heads.order import is_arranged
     from xmc.model import XMCModel
@@ -57,7 +59,13 @@ def main() -> None:
         dim = config.encoder.dim
         encoder = BagEncoder(VOCABULARY, dim, config.encoder.dropout)
         make = ArrangedHead if is_arranged(options.labels, config.head) else ClassifierHead
-        head = make.from_config(dim, options.labels, config.head, config.classifier_optimizer)
+        sizes = (options.labels, config.head, config.classifier_optimizer)
+        head: ClassifierHead | ArrangedHead
+        if words := config.head.bag_fan_in:
+            head = BagClassifierHead.from_options(dim, VOCABULARY, *sizes)
+            head.choose_features_(label_features(train_set, max_terms=words), 1.0)
+        else:
+            head = make.from_config(dim, *sizes)
         (run / "model").mkdir(parents=True)
         # Neither texts nor label strings take part: ids go in, ids come out.
         model = XMCModel(config, Vocabulary.__new__(Vocabulary), [], encoder, head)

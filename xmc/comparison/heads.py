@@ -12,15 +12,16 @@ from xmc.config import Config, ConfigError, load_recipe, to_dict
 from xmc.nn.warm_start import model_folder
 from xmc.training.memory_classifier import make_classifier
 
+_RIGL = ("rewire.method=rigl", "head.bag_fan_in=0")  # features of bags cannot be rewired
 _OWN = {
     "dense": (),
     "bottleneck": (),
     "static": ("rewire.method=static",),
-    "set": ("rewire.method=set",),
-    "rigl": ("rewire.method=rigl",),
-    "grouped": ("rewire.method=rigl", "head.group_size=16", "head.order=cluster"),
-    "grouped-random": ("rewire.method=rigl", "head.group_size=16", "head.order=random"),
-    "pattern": ("rewire.method=rigl",),
+    "set": ("rewire.method=set", "head.bag_fan_in=0"),
+    "rigl": _RIGL,
+    "grouped": (*_RIGL, "head.group_size=16", "head.order=cluster"),
+    "grouped-random": (*_RIGL, "head.group_size=16", "head.order=random"),
+    "pattern": _RIGL,
 }
 HEADS = tuple(_OWN)
 _PLAIN = ("head.group_size=1", "head.pattern=", "head.order=none")
@@ -28,7 +29,7 @@ _DENSE = (
     "head.kind=dense",
     "rewire.method=static",
     "head.dense_share=0.0",
-    *"head.bag_fan_in=0",
+    "head.bag_fan_in=0",
     *_PLAIN,
 )
 _SPARSE = ("head.kind=sparse", *_PLAIN)
@@ -58,7 +59,8 @@ class Variant:
     config: Config
     classifier_bytes: int
     """Weights, indices, biases and optimizer state of all above the encoder's representation: the
-    head, and the intermediate layer where there is one."""
+    head, and the intermediate layer where there is one. Of a head that reads bags its local index
+    too, where a vocabulary is taken to be as large as the recipe allows."""
 
     @property
     def name(self) -> str:
@@ -84,9 +86,10 @@ def make_variants(
         recipe: path of a TOML file or name of a shipped recipe.
         heads: dense (bfloat16 where the recipe says float8); bottleneck: a dense head behind an
             intermediate layer, as large as the sparse one of the same fan-in; static, set, rigl: a
-            sparse head of that kind of rewiring; grouped, grouped-random: rigl, where 16 labels of
-            a cluster, or any 16, share their inputs; pattern: rigl within an n:m pattern. As
-            NAME=HEAD, a head goes by a name of its own, and may stand there more than once.
+            sparse head of that kind of rewiring, where static alone keeps head.bag_fan_in;
+            grouped, grouped-random: rigl, where 16 labels of a cluster, or any 16, share their
+            inputs; pattern: rigl within an n:m pattern. As NAME=HEAD, a head goes by a name of its
+            own, and may stand there more than once.
         fan_ins: default: that of the recipe.
         settings: `section.key=value` over the recipe, for every head.
         head_settings: `HEAD:section.key=value`, over all other settings of that head; HEAD is its
@@ -124,8 +127,11 @@ def make_variants(
 def classifier_bytes(config: Config, dim: int, num_labels: int) -> int:
     """Bytes of head and intermediate layer in training, over representations of `dim` numbers."""
     width = config.encoder.intermediate
-    head = make_classifier(config, width or dim, num_labels)
-    return head.stored + head.moments + _ENCODER_BYTES * width * (dim + 1)
+    features = config.features
+    hashed = features.vocabulary == "hashing"
+    most = 2**features.hash_bits if hashed else features.max_features
+    head = make_classifier(config, width or dim, num_labels, most)
+    return head.trained + _ENCODER_BYTES * width * (dim + 1)
 
 
 def bottleneck_width(config: Config, dim: int, num_labels: int, size: int) -> int:
@@ -145,6 +151,7 @@ def bottleneck_width(config: Config, dim: int, num_labels: int, size: int) -> in
         group_size=1,
         order="none",
         dense_share=0.0,
+        bag_fan_in=0,
         weight_dtype="float32" if config.head.weight_dtype == "float32" else "bfloat16",
     )
     rewire = dataclasses.replace(config.rewire, method="static")

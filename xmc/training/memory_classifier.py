@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xmc.config import Config
 from xmc.heads.arranged import ArrangedHead
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.order import is_arranged
 from xmc.nn.clusters import num_clusters_for
@@ -26,7 +27,10 @@ _REWIRED = 2**18  # weights rewired at a time, `xmc.nn.rewire`
 _REWIRE_BYTES = 128  # each; measured
 _GPU_BLOCKS = 64 * MIB  # `_triton/tiles.py`, SCRATCH_BYTES
 _LABEL_TERMS = 1000  # `xmc.data.label_features`
-_CLUSTER_CHUNK = 50 * 2**22  # bytes of the features gathered at a time, there
+_CLUSTER_CHUNK = 2**22  # features gathered at a time, there
+_CLUSTER_BYTES = 50  # each
+_CHOSEN = 2**22  # inputs at a time, `xmc.heads.bag`
+_CHOSEN_BYTES = 80  # of each feature of a label then, old or chosen; measured
 _MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}  # of each weight
 
 
@@ -35,13 +39,16 @@ class Classifier:
     """Bytes of a classifier head, counted on the head itself without its numbers."""
 
     num_labels: int
-    in_features: int
-    fan_in: int
+    in_features: int  # D
+    bag_features: int  # V, where labels read features of bags too, else 0
+    fan_in: int  # of both kinds
+    bag_fan_in: int
     sparse: bool
     weights: int
     indices: int
     rest: int  # biases, scales, orders
     moments: int
+    local_index: int  # of a head that reads bags, once it is in use
     num_weights: int
     compiled: bool  # whether the CPU's kernels take every layer
     fused: bool  # whether its training step, too, takes them: not with float8 moments
@@ -53,13 +60,25 @@ class Classifier:
         """Bytes of a model's file."""
         return self.weights + self.indices + self.rest
 
+    @property
+    def trained(self) -> int:
+        """Bytes that stay throughout a training."""
+        return self.stored + self.moments + self.local_index
 
-def make_classifier(config: Config, in_features: int, num_labels: int) -> Classifier:
+
+def make_classifier(
+    config: Config, in_features: int, num_labels: int, num_bag_features: int
+) -> Classifier:
     """Count a head of the recipe. Raises ValueError for sizes that do not fit."""
     options = config.head
     make = ArrangedHead if is_arranged(num_labels, options) else ClassifierHead
+    others = (num_labels, options, config.classifier_optimizer)
+    head: nn.Module
     with torch.device("meta"):
-        head = make.from_config(in_features, num_labels, options, config.classifier_optimizer)
+        if options.bag_fan_in:
+            head = BagClassifierHead.from_options(in_features, num_bag_features, *others)
+        else:
+            head = make.from_config(in_features, *others)
         x = torch.empty(1, in_features)
     sizes = {"weight": 0, "index_bytes": 0}
     rest = num_weights = 0
@@ -73,19 +92,23 @@ def make_classifier(config: Config, in_features: int, num_labels: int) -> Classi
     # Made later: what a positive counts, and the row of each label.
     rest += 4 * num_labels * ((options.positive_weight != "none") + (make is ArrangedHead))
     layers = [m for m in head.modules() if isinstance(m, FixedFanInLinear | nn.Linear)]
-    reads = options.fan_in if options.kind == "sparse" else in_features
+    words = options.bag_fan_in
+    reads = options.fan_in + words if options.kind == "sparse" else in_features
     storage = f"{num_weights:,} {options.weight_dtype} numbers, {reads} a label"
     optimizer = config.classifier_optimizer
     compiled = all(compiled_on_cpu(x, _layer(layer)) for layer in layers)
     return Classifier(
         num_labels=num_labels,
         in_features=in_features,
+        bag_features=num_bag_features if words else 0,
         fan_in=reads,
+        bag_fan_in=words,
         sparse=options.kind == "sparse",
         weights=sizes["weight"],
         indices=sizes["index_bytes"],
         rest=rest,
         moments=sum(_bytes(tensor) for tensor in head.training_state().values()),
+        local_index=4 * num_labels * reads if words else 0,
         num_weights=num_weights,
         compiled=compiled,
         fused=compiled and optimizer.moments == "float32",
@@ -113,25 +136,53 @@ def accumulated_gradient(classifier: Classifier, passes: int) -> Component:
     return Component("classifier gradient", size, f"[L, F] float32: a step has {passes} passes")
 
 
-def training_step(classifier: Classifier, rows: int, *, cuda: bool, threads: int) -> Component:
+def read_columns(classifier: Classifier, workload: Workload, rows: int) -> int:
+    """D, and where labels read bags a column for each feature that these rows can have."""
+    if not classifier.bag_fan_in:
+        return classifier.in_features
+    active = min(classifier.bag_features, round(rows * workload.row_entries))
+    return max(classifier.in_features + active + 1, classifier.fan_in)
+
+
+def read_bags(classifier: Classifier, workload: Workload, rows: int) -> list[Component]:
+    """What a head that reads bags holds beside its layer, in training and prediction."""
+    if not classifier.bag_fan_in:
+        return []
+    columns = read_columns(classifier, workload, rows)
+    # An index of 16 bits is translated by way of a copy of 32.
+    wide = classifier.local_index * (classifier.indices < classifier.local_index)
+    wide += 4 * (classifier.in_features + classifier.bag_features)
+    return [
+        Component("local index", classifier.local_index, "[L, F] int32, columns of the batch"),
+        Component("index translation", wide, "inputs as int32 and their columns, for a moment"),
+        Component("joined bags", 2 * 4 * rows * columns, "[B, D + A + 1] and their gradients"),
+    ]
+
+
+def training_step(
+    classifier: Classifier, workload: Workload, rows: int, *, cuda: bool, threads: int
+) -> Component:
     """Beyond weights and moments; nothing here grows with L."""
-    features = classifier.in_features
+    features = read_columns(classifier, workload, rows)
     if cuda:
         size = _GPU_BLOCKS + 2 * 4 * features * (rows + 64)
         return Component("classifier step", size, "blocks of labels, x and d_x: a formula")
     if not classifier.fused:
-        size = _reference_tiles(classifier, rows, _STEP_TILES)
+        size = _reference_tiles(classifier, features, rows, _STEP_TILES)
         return Component("classifier step", size, "tiles of labels")
     size = 4 * features * _padded(rows) * (1 + threads) + _SHARE * threads
     return Component("classifier step", size, f"x, and d_x for each of {threads} threads")
 
 
-def validation_topk(classifier: Classifier, rows: int, threads: int) -> Component:
+def validation_topk(
+    classifier: Classifier, workload: Workload, rows: int, threads: int
+) -> Component:
     """Scores and labels of the best of each row, for each thread, and x."""
-    size = 4 * classifier.in_features * _padded(rows) + 12 * 16 * rows * threads
+    features = read_columns(classifier, workload, rows)
+    size = 4 * features * _padded(rows) + 12 * 16 * rows * threads
     if not classifier.compiled:
         tiles = _TOPK_TILES if classifier.sparse else _TOPK_TILES // 2
-        size = _reference_tiles(classifier, rows, tiles)
+        size = _reference_tiles(classifier, features, rows, tiles)
     return Component("top-k", size, f"{rows} rows, no scores of all labels")
 
 
@@ -161,12 +212,25 @@ def auxiliary_head(config: Config, num_labels: int, in_features: int) -> Compone
 
 def label_clustering(workload: Workload) -> Component:
     """At most: how far the rows of a label repeat their features depends on the data."""
-    entries = min(
-        _LABEL_TERMS * workload.num_labels, round(workload.num_positives * workload.row_entries)
-    )
-    size = 2 * 8 * entries + 40 * workload.num_positives + _CLUSTER_CHUNK
+    size = 2 * 8 * _label_entries(workload, _LABEL_TERMS) + _collecting(workload)
     why = "at most: features of each label, twice while they are joined"
     return Component("label features", size, why, host=True)
+
+
+def drawing_inputs(classifier: Classifier) -> Component:
+    """Of a head that reads bags: inputs of both kinds, and these side by side."""
+    size = 2 * classifier.local_index
+    return Component("drawn inputs", size, "[L, F] int32, twice while they are joined", host=True)
+
+
+def choosing_features(classifier: Classifier, workload: Workload) -> Component:
+    """Of a head that reads bags: the features that weigh most in the texts of each label."""
+    entries = _label_entries(workload, classifier.bag_fan_in)
+    old = min(workload.num_labels, _CHOSEN // classifier.fan_in) * classifier.bag_fan_in
+    chosen = 8 * entries + _CHOSEN_BYTES * (old + min(old, entries))
+    size = max(2 * 8 * entries + _collecting(workload), chosen)
+    why = "at most: features of each label, and tiles of labels that get them"
+    return Component("chosen features", size, why, host=True)
 
 
 def dense_bytes(classifier: Classifier, config: Config, rows: int) -> dict[str, int]:
@@ -187,14 +251,29 @@ def _accumulates(config: Config) -> bool:
     return train.accumulation > 1 or train.max_tokens > 0 or cut
 
 
+def _label_entries(workload: Workload, most: int) -> int:
+    return min(most * workload.num_labels, _row_entries(workload))
+
+
+def _collecting(workload: Workload) -> int:
+    """Bytes of the sorted positives, and of the rows of some labels while they are summed."""
+    summed = min(_CLUSTER_CHUNK, _row_entries(workload))
+    return 40 * workload.num_positives + _CLUSTER_BYTES * summed
+
+
+def _row_entries(workload: Workload) -> int:
+    """Features of the rows of all labels."""
+    return round(workload.num_positives * workload.row_entries)
+
+
 def _layer(layer: FixedFanInLinear | nn.Linear) -> Layer:
     if isinstance(layer, FixedFanInLinear):
         return Layer(layer.weight, layer.index, layer.bias, layer.pattern, layer.weight_scale)
     return Layer(layer.weight, None, layer.bias)
 
 
-def _reference_tiles(classifier: Classifier, rows: int, tiles: int) -> int:
-    everything = 4 * classifier.num_labels * max(rows, classifier.in_features)
+def _reference_tiles(classifier: Classifier, features: int, rows: int, tiles: int) -> int:
+    everything = 4 * classifier.num_labels * max(rows, features)
     return tiles * min(_TILE, everything)
 
 

@@ -20,9 +20,12 @@ from xmc.training.memory_classifier import (
     Classifier,
     accumulated_gradient,
     auxiliary_head,
+    choosing_features,
+    drawing_inputs,
     label_clustering,
     make_classifier,
     moments,
+    read_bags,
     rewiring,
     stored_weights,
     training_step,
@@ -68,7 +71,9 @@ class Sizes:
 def make_sizes(config: Config, workload: Workload, device: Device = "cpu") -> Sizes:
     """Build the modules on the meta device. Raises ValueError for sizes that do not fit."""
     encoder = make_encoder(config, workload)
-    classifier = make_classifier(config, encoder.head_features, workload.num_labels)
+    classifier = make_classifier(
+        config, encoder.head_features, workload.num_labels, workload.num_features
+    )
     return Sizes(config, workload, encoder, classifier, device, torch.get_num_threads())
 
 
@@ -87,18 +92,21 @@ def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
     ]
     auxiliary = auxiliary_head(config, workload.num_labels, encoder.out_features)
     rows, passes = passes_of(config)
+    eval_rows = config.train.eval_batch_size
     phases = {
         "reading data": [*base, reading_labels(workload)],
         "training step": [
             *(*base, *model, auxiliary),
             accumulated_gradient(classifier, passes),
-            training_step(classifier, rows, cuda=sizes.cuda, threads=sizes.threads),
+            training_step(classifier, workload, rows, cuda=sizes.cuda, threads=sizes.threads),
+            *read_bags(classifier, workload, rows),
             *encoder_pass(encoder, config, workload, cuda=sizes.cuda),
         ],
         "validation": [
             *(*base, *model, auxiliary),
-            validation_topk(classifier, config.train.eval_batch_size, sizes.threads),
-            evaluation_pass(encoder, config, config.train.eval_batch_size),
+            validation_topk(classifier, workload, eval_rows, sizes.threads),
+            *read_bags(classifier, workload, eval_rows),
+            evaluation_pass(encoder, config, eval_rows),
         ],
     }
     if config.rewire.method != "static":
@@ -106,6 +114,12 @@ def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
         phases["rewiring"] = [*base, *model, auxiliary, rewiring(classifier, config, reps)]
     if config.auxiliary.kind != "none" or config.head.order == "cluster":
         phases["clustering labels"] = [*base, training_labels(workload), label_clustering(workload)]
+    if classifier.bag_fan_in:
+        # Before the first step, which makes the moments.
+        untrained = [*stored_weights(classifier), *encoder_weights(encoder), allocator(classifier)]
+        start = [*base, *untrained, training_labels(workload)]
+        phases["drawing inputs"] = [*start, drawing_inputs(classifier)]
+        phases["choosing features"] = [*start, choosing_features(classifier, workload)]
     if sizes.cuda:
         phases["checkpoint"] = [*base, *model, auxiliary, checkpoint_copy([*model, auxiliary])]
     return {name: _present(parts) for name, parts in phases.items()}
@@ -121,7 +135,8 @@ def prediction_components(sizes: Sizes) -> list[Component]:
             vocabulary(sizes.config, sizes.workload),
             *stored_weights(sizes.classifier),
             *encoder_weights(sizes.encoder),
-            validation_topk(sizes.classifier, rows, sizes.threads),
+            validation_topk(sizes.classifier, sizes.workload, rows, sizes.threads),
+            *read_bags(sizes.classifier, sizes.workload, rows),
             evaluation_pass(sizes.encoder, sizes.config, rows),
         ]
     )

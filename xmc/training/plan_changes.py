@@ -100,6 +100,8 @@ def _candidates(sizes: Sizes) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"head.group_size": 16}, "16 labels share their features"
     if head.kind == "sparse" and not head.pattern and head.fan_in >= 2 * _MIN_FAN_IN:
         yield {"head.fan_in": head.fan_in // 2}, "fewer features a label"
+    if head.bag_fan_in >= 2:
+        yield {"head.bag_fan_in": head.bag_fan_in // 2}, "fewer features of the bag a label"
     if encoder.kind == "bag" and encoder.dim >= 2 * max(64, head.fan_in):
         yield {"encoder.dim": encoder.dim // 2}, "a smaller table"
 

@@ -121,6 +121,7 @@ def _verdict(plan: Plan) -> list[str]:
 def _recommended(plan: Plan) -> list[str]:
     train, head = plan.config.train, plan.config.head
     shape = "dense" if head.kind == "dense" else f"fan-in {head.fan_in}"
+    shape += f" and {head.bag_fan_in} features of the bag" if head.bag_fan_in else ""
     return [
         f"as it is: {train.batch_size} rows a pass, {train.accumulation} passes a step, {shape}, "
         f"{head.weight_dtype} weights, {plan.config.classifier_optimizer.kind}"

@@ -49,7 +49,7 @@ class Plan:
     """Components of training by phase, those in the machine's memory included."""
     prediction: list[Component]
     bytes_per_label: float
-    """Classifier in training: weights, indices, biases, moments."""
+    """Classifier in training: weights, indices, biases, moments; a local index over bags."""
     dense: dict[str, int]
     """Bytes of a dense head in training: "fused" (our step), "plain" (torch's modules)."""
     classifier: int
@@ -156,7 +156,7 @@ def make_plan(
     memory = device_memory(device) if memory is None else memory
     phases = training_phases(sizes)
     classifier = sizes.classifier
-    training = classifier.stored + classifier.moments
+    training = classifier.trained
     rows, _ = passes_of(config)
     peak = training_peak(sizes)
     fits = memory is None or peak <= memory

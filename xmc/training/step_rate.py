@@ -1,8 +1,8 @@
 """How long a training step takes here: a part of it is run for a moment, and scaled up.
 
 The classifier is the fused step itself, over as many labels as take about a quarter of a second;
-its cost is linear in L. A bag encoder is run whole. A transformer is counted, 6 operations a weight
-and token, at the rate of a matrix product.
+its cost is linear in L but for what a step over next to no labels takes. A bag encoder is run
+whole. A transformer is counted, 6 operations a weight and token, at the rate of a matrix product.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from xmc.config import Config
+from xmc.config import HeadConfig
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
+from xmc.nn.bag_reps import join_bag
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.lazy import LazyAdamW
 from xmc.training.memory_encoder import passes_of
 from xmc.training.memory_model import Sizes
-from xmc.types import Bag, SparseLabels
+from xmc.types import Bag, BagReps, SparseLabels
 
 _TARGET_SECONDS = 0.25  # of the piece that is timed
 _TABLE_ROWS = 50_000  # of a bag's table at most: a step costs the same with more
@@ -73,49 +77,67 @@ def transformer_operations(sizes: Sizes, rows: int) -> float:
 
 def _classifier_seconds(sizes: Sizes, rows: int) -> float:
     """Of one pass over all labels."""
-    config, in_features = sizes.config, sizes.encoder.head_features
-    group = config.head.group_size
+    group = sizes.config.head.group_size
     most = sizes.workload.num_labels
     labels = min(most, max(1, 4096 // group) * group)
     while True:
-        step = _classifier_step(config, in_features, labels, rows)
+        step = _classifier_step(sizes, labels, rows)
         seconds = _seconds(step, repeats=1)
         if labels == most or seconds > _TARGET_SECONDS / 4:
             break
         wanted = labels * min(16.0, _TARGET_SECONDS / seconds)
         labels = min(most, max(labels + group, int(wanted) // group * group))
-    return min(seconds, _seconds(step, repeats=2)) * most / labels
+    seconds = min(seconds, _seconds(step, repeats=2))
+    if labels == most:
+        return seconds
+    fixed = min(seconds, _seconds(_classifier_step(sizes, group, rows), repeats=2))
+    return fixed + (seconds - fixed) * most / labels
 
 
-def _classifier_step(
-    config: Config, in_features: int, num_labels: int, rows: int
-) -> Callable[[], object]:
-    head = ClassifierHead.from_config(
-        in_features, num_labels, config.head, config.classifier_optimizer
-    )
-    reps = torch.randn(rows, in_features)
+def _classifier_step(sizes: Sizes, num_labels: int, rows: int) -> Callable[[], object]:
+    config, in_features = sizes.config, sizes.encoder.head_features
+    options = (num_labels, config.head, config.classifier_optimizer)
+    reps: Any = torch.randn(rows, in_features)
+    head: ClassifierHead
+    if config.head.bag_fan_in:
+        num_features = sizes.workload.num_features
+        head = BagClassifierHead.from_options(in_features, num_features, *options)
+        reps = _joined(reps, _bag(sizes, rows, num_features), config.head)
+    else:
+        head = ClassifierHead.from_config(in_features, *options)
     positives = torch.arange(rows, dtype=torch.int32) % num_labels
     labels = SparseLabels(torch.arange(rows + 1), positives, num_labels)
     return lambda: head.loss_and_grad(reps, labels)
 
 
 def _bag_seconds(sizes: Sizes, rows: int) -> float:
-    """Of forward, backward and update of a bag encoder."""
+    """Of forward, backward and update of a bag encoder, and of joining bags that labels read."""
     options = sizes.config.encoder
     table_rows = min(sizes.workload.num_features, _TABLE_ROWS)
     encoder = BagEncoder(table_rows, options.dim, options.dropout)
     optimizer = LazyAdamW(encoder.parameters())
-    entries = max(1, min(round(sizes.workload.row_entries), table_rows))
-    ids = torch.randint(table_rows, (rows * entries,))
-    bag = Bag(ids, torch.arange(rows + 1) * entries, torch.ones(len(ids)))
+    bag, head = _bag(sizes, rows, table_rows), sizes.config.head
 
     def step() -> None:
         reps = encoder(bag)
+        if head.bag_fan_in:
+            reps = _joined(reps, bag, head).values
         reps.backward(torch.ones_like(reps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return _seconds(step, repeats=2)
+
+
+def _bag(sizes: Sizes, rows: int, num_features: int) -> Bag:
+    """Random features, as many a row as the data have."""
+    entries = max(1, min(round(sizes.workload.row_entries), num_features))
+    ids = torch.randint(num_features, (rows * entries,))
+    return Bag(ids, torch.arange(rows + 1) * entries, torch.ones(len(ids)))
+
+
+def _joined(reps: Tensor, bag: Bag, head: HeadConfig) -> BagReps:
+    return join_bag(reps, bag, head.bag_scale, least=head.fan_in + head.bag_fan_in)
 
 
 def _transformer_seconds(sizes: Sizes, rows: int) -> float:
