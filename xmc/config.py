@@ -256,7 +256,7 @@ class ContrastiveConfig:
     activations does not grow with train.batch_size, for one more forward pass. 0: all at once."""
     search: Literal["exact", "ann"] = "exact"
     """How the nearest labels are found, in mining and in prediction. exact: by tiles of labels;
-    ann: approximately, by faiss (xmc-toolkit[ann])."""
+    ann: approximately, by faiss (xmc-toolkit[ann]), which pays beyond some hundred thousand."""
 
 
 @dataclass(frozen=True, config=_STRICT)

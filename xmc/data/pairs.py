@@ -1,7 +1,8 @@
 """Batches of a dual encoder: documents, and labels as the keys that they are told from.
 
 No label is a key twice, so that no label is its own negative; every label that a document carries
-and that is among the keys counts as its positive, wherever it came from.
+and that is among the keys counts as its positive, wherever it came from. A pair of the filter file
+is never mined, but its label may be a key through another document, and then counts as wrong.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class ApproximateSearch:
     `4 sqrt(L)` cells by k-means, of which a search opens `probes` (default: a sixteenth, at least
     8). Two searches of the same embeddings give the same labels, whatever the number of threads,
     unlike a graph built by several threads: a resumed training mines what it would have mined.
-    Works on the CPU, on a copy of the embeddings.
+    Works on the CPU, on a copy of the embeddings. Worth it beyond some hundred thousand labels: of
+    128,044 (oewn_glosses, D = 256) it found 71% of the ten nearest in three quarters of the time of
+    the exact search; faiss's HNSW graph was no better (62% in two fifths, 82% in 1.6 times).
 
     Raises ImportError without faiss.
     """
