@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import BertConfig
@@ -72,6 +73,7 @@ def test_sparse_heads_and_bottlenecks_come_at_every_fan_in() -> None:
         ["head.dense_share=0.1", "head.order=frequency"],
         ["head.group_size=16", "head.order=cluster", "rewire.method=rigl"],
         ["head.pattern=2:16", "head.weight_dtype=float8"],
+        ["head.bag_fan_in=16"],
         ["head.kind=dense", "encoder.intermediate=1024", "encoder.activation=relu"],
     ],
 )
@@ -81,6 +83,7 @@ def test_any_recipe_can_be_compared(settings: list[str]) -> None:
     dense, static = found["dense"].config.head, found["static"].config.head
     assert (dense.kind, dense.dense_share, dense.pattern) == ("dense", 0.0, "")
     assert (static.kind, static.group_size, static.pattern) == ("sparse", 1, "")
+    assert dense.bag_fan_in == found["rigl"].config.head.bag_fan_in == 0
     assert found["bottleneck"].classifier_bytes <= found["static"].classifier_bytes
     assert found["static"].classifier_bytes < found["dense"].classifier_bytes
     if "head.weight_dtype=float8" in settings:
@@ -151,6 +154,29 @@ def test_a_bottleneck_is_as_large_as_fits_in_the_bytes_of_the_sparse_head(
     assert classifier_bytes(narrow, dim, num_labels) == total(width)
     if num_labels == 1_000_000:  # 14/12 of the fan-in with AdamW, 1.5 without any state
         assert width == pytest.approx(fan_in * (weight + 2) / weight, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("features", "index"),
+    [
+        ({"max_features": 65_536 - 512}, 2),
+        ({"max_features": 65_537 - 512}, 4),
+        ({"vocabulary": "hashing", "hash_bits": 10}, 2),
+        ({"vocabulary": "hashing", "hash_bits": 16}, 4),
+    ],
+)
+def test_features_of_bags_are_counted_for_the_largest_vocabulary(
+    features: dict[str, Any], index: int
+) -> None:
+    config = Config(
+        features=FeatureConfig(**features),
+        head=HeadConfig(fan_in=64, bag_fan_in=16),
+        classifier_optimizer=OptimizerConfig(kind="sgd"),
+    )
+    size = classifier_bytes(config, 512, L)
+    assert size == L * (80 * (4 + index + 4) + 4)  # with the index that points into a batch
+    width = bottleneck_width(config, 512, L, size)
+    assert L * (4 * width + 4) + 12 * width * 513 <= size
 
 
 def test_a_bottleneck_that_cannot_be_small_enough_is_refused() -> None:

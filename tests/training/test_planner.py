@@ -16,7 +16,10 @@ import torch
 from rich.console import Console
 
 from xmc.config import Config, ConfigError, from_dict
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
+from xmc.nn.bag_reps import join_bag
+from xmc.training.memory_classifier import read_bags, read_columns
 from xmc.training.memory_component import megabytes
 from xmc.training.memory_encoder import activation_bytes
 from xmc.training.memory_model import (
@@ -31,11 +34,13 @@ from xmc.training.plan_report import render, to_dict
 from xmc.training.planner import device_memory, make_plan, parse_memory, plan_recipe
 from xmc.training.step_rate import transformer_operations
 from xmc.training.workload import Workload, data_workload, given_workload
+from xmc.types import Bag, SparseLabels
 
 _SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "planned_memory.py"
 _SPARSE = ("encoder.dim=256", "head.fan_in=32")
 _HALF = ("encoder.dim=256", "head.fan_in=64", "head.weight_dtype=bfloat16")
 _HALF = (*_HALF, "classifier_optimizer.kind=sgd")
+_BAGS = (*_SPARSE, "head.bag_fan_in=32")
 _DENSE = ("encoder.dim=512", "head.kind=dense")
 
 
@@ -62,7 +67,9 @@ def growth(small: dict[str, Any], large: dict[str, Any]) -> tuple[int, int]:
     return large[predicted] - small[predicted], large[seen] - small[seen]
 
 
-@pytest.mark.parametrize(("num_labels", "settings"), [(300_000, _SPARSE), (600_000, _HALF)])
+@pytest.mark.parametrize(
+    ("num_labels", "settings"), [(300_000, _SPARSE), (600_000, _HALF), (300_000, _BAGS)]
+)
 def test_the_peak_is_predicted_within_a_tenth(num_labels: int, settings: tuple[str, ...]) -> None:
     """Peak resident set above `import torch`, with validation and checkpoint."""
     compile_kernels(settings)
@@ -142,6 +149,66 @@ def test_frequent_labels_with_dense_rows_are_counted() -> None:
     plan = make_plan(config, workload_of())
     numbers = 100 * 64 + 900 * 16
     assert plan.classifier == 4 * numbers + 2 * 900 * 16 + 3 * 4 * 1000 + 8 * numbers + 8 * 1000
+
+
+def bag_config(**sections: dict[str, Any]) -> Config:
+    sections["head"] = {"bag_fan_in": 8, **sections.get("head", {})}
+    return config_of(**sections)
+
+
+@pytest.mark.parametrize(
+    ("num_features", "width", "head"),
+    [(1024, 2, {}), (2**16 - 64, 2, {}), (2**16, 4, {}), (2**16, 4, {"weight_dtype": "bfloat16"})],
+)
+def test_labels_that_read_bags_are_counted_as_they_are_built(
+    num_features: int, width: int, head: dict[str, Any]
+) -> None:
+    """D = 64: indices take four bytes from 65,537 inputs on."""
+    config, workload = bag_config(head=head), workload_of(300, num_features=num_features)
+    sizes = make_sizes(config, workload)
+    built = BagClassifierHead.from_options(
+        *(64, num_features, 300, config.head, config.classifier_optimizer)
+    )
+    bag = Bag(torch.arange(12) % 5, torch.arange(5) * 3, torch.ones(12))
+    joined = join_bag(torch.randn(4, 64), bag, 1.0, least=24)
+    labels = SparseLabels.from_lists([[1], [2], [3], [4]], 300)
+    built.loss_and_grad(joined, labels)
+    held = [*built.state_dict().values(), *built.training_state().values()]
+    assert built._local is not None
+    expected = sum(t.numel() * t.element_size() for t in [*held, built._local])
+    assert built.index is not None and built.index.element_size() == width
+    assert make_plan(config, workload).classifier == sizes.classifier.trained == expected
+    step = training_phases(sizes)["training step"]
+    assert bytes_of(step, "local index") == built._local.nbytes == 300 * 24 * 4
+    # 16-bit indices by way of a 32-bit copy; the columns of all inputs.
+    copied = 300 * 24 * 4 if width == 2 else 0
+    assert bytes_of(step, "index translation") == copied + 4 * (64 + num_features)
+    # The five features that occur, and a column of zeros: 4 rows of 1.25 features.
+    few = dataclasses.replace(workload, row_entries=1.25)
+    assert read_columns(sizes.classifier, few, 4) == joined.values.shape[1] == 64 + 5 + 1
+    (part,) = (p for p in read_bags(sizes.classifier, few, 4) if p.name == "joined bags")
+    assert part.bytes == 2 * joined.values.nbytes
+
+
+def test_columns_of_bags_are_those_of_a_pass_of_its_rows() -> None:
+    """At most V of them; a plain head has none."""
+    config, workload = bag_config(), workload_of(row_entries=3)
+    phases = training_phases(make_sizes(config, workload))
+    columns = 64 + 3 * 128 + 1
+    assert bytes_of(phases["training step"], "joined bags") == 8 * 128 * columns
+    many = training_phases(make_sizes(config, workload_of(row_entries=100)))
+    assert bytes_of(many["training step"], "joined bags") == 8 * 128 * (64 + 1024 + 1)
+    larger, plain = (many["training step"], training_phases(make_sizes(config_of(), workload)))
+    assert bytes_of(larger, "classifier step") > bytes_of(
+        phases["training step"], "classifier step"
+    )
+    assert bytes_of(plain["training step"], "joined bags") == 0
+    assert phases.keys() - plain.keys() == {"drawing inputs", "choosing features"}
+    # Features of labels, and those they replace: nothing is trained yet.
+    names = {part.name for part in phases["choosing features"]}
+    assert "chosen features" in names and not names & {"classifier moments", "local index"}
+    prediction = prediction_components(make_sizes(config, workload))
+    assert bytes_of(prediction, "local index") == 1000 * 24 * 4
 
 
 def test_an_accumulated_step_holds_one_gradient() -> None:
@@ -395,6 +462,19 @@ def test_float8_moments_are_proposed_where_they_keep_the_kernels(kind: str) -> N
     dense = config_of(head={"kind": "dense"}, classifier_optimizer=optimizer)
     on_cpu = peak_changes(dense, workload)
     assert on_cpu.index(float8) < on_cpu.index(sgd)
+
+
+def test_what_labels_that_read_bags_cannot_have_is_not_proposed() -> None:
+    """Groups of labels, for one; fewer features of both kinds may be."""
+    config = bag_config(head={"fan_in": 64, "bag_fan_in": 32}, encoder={"dim": 256})
+    found = peak_changes(config, workload_of(10**6))
+    assert "head.bag_fan_in=16" in found and "head.fan_in=32" in found
+    assert not [setting for setting in found if "group_size" in setting]
+    plan = make_plan(config, workload_of(), memory=10**12, measure=True)
+    assert "fan-in 64 and 32 features of the bag" in text_of(plan)
+    assert plan.time is not None and plan.time.step > 0
+    with pytest.raises(ValueError, match="expected at most the 20 features, got 32"):
+        make_plan(config, workload_of(num_features=20))
 
 
 def test_sgd_is_proposed_in_place_of_float8_moments_too() -> None:

@@ -29,6 +29,8 @@ _GPU_BLOCKS = 64 * MIB  # `_triton/tiles.py`, SCRATCH_BYTES
 _LABEL_TERMS = 1000  # `xmc.data.label_features`
 _CLUSTER_CHUNK = 2**22  # features gathered at a time, there
 _CLUSTER_BYTES = 50  # each
+_DRAWN = 2**22  # inputs drawn at a time, `xmc.nn.pattern`
+_DRAWN_BYTES = 16  # each, which the C library keeps until the first step; measured
 _CHOSEN = 2**22  # inputs at a time, `xmc.heads.bag`
 _CHOSEN_BYTES = 80  # of each feature of a label then, old or chosen; measured
 _MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}  # of each weight
@@ -219,7 +221,7 @@ def label_clustering(workload: Workload) -> Component:
 
 def drawing_inputs(classifier: Classifier) -> Component:
     """Of a head that reads bags: inputs of both kinds, and these side by side."""
-    size = 2 * classifier.local_index
+    size = 2 * classifier.local_index + _drawing(classifier)
     return Component("drawn inputs", size, "[L, F] int32, twice while they are joined", host=True)
 
 
@@ -228,7 +230,7 @@ def choosing_features(classifier: Classifier, workload: Workload) -> Component:
     entries = _label_entries(workload, classifier.bag_fan_in)
     old = min(workload.num_labels, _CHOSEN // classifier.fan_in) * classifier.bag_fan_in
     chosen = 8 * entries + _CHOSEN_BYTES * (old + min(old, entries))
-    size = max(2 * 8 * entries + _collecting(workload), chosen)
+    size = max(2 * 8 * entries + _collecting(workload), chosen) + _drawing(classifier)
     why = "at most: features of each label, and tiles of labels that get them"
     return Component("chosen features", size, why, host=True)
 
@@ -249,6 +251,10 @@ def _accumulates(config: Config) -> bool:
     train = config.train
     cut = 0 < train.micro_batch < train.batch_size or bool(train.memory_limit)
     return train.accumulation > 1 or train.max_tokens > 0 or cut
+
+
+def _drawing(classifier: Classifier) -> int:
+    return _DRAWN_BYTES * min(_DRAWN, classifier.num_labels * classifier.fan_in)
 
 
 def _label_entries(workload: Workload, most: int) -> int:

@@ -47,6 +47,7 @@ Device = Literal["cpu", "cuda"]
 
 PYTHON_AND_TORCH = 220 * 10**6  # resident after `import torch`; measured
 _LIBRARIES = 310 * 10**6  # numba, LLVM, kernels from the cache, torch's late imports; measured
+_IMPORTS = 45 * 10**6  # of these, before the first step; measured
 _TRANSFORMERS = 70 * 10**6  # measured
 _CUDA_CONTEXT = 500 * 10**6  # of driver and libraries on the card: assumed, never measured here
 _PREDICTION_ROWS = 256  # `Predictor.stream`
@@ -115,9 +116,12 @@ def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
     if config.auxiliary.kind != "none" or config.head.order == "cluster":
         phases["clustering labels"] = [*base, training_labels(workload), label_clustering(workload)]
     if classifier.bag_fan_in:
-        # Before the first step, which makes the moments.
-        untrained = [*stored_weights(classifier), *encoder_weights(encoder), allocator(classifier)]
-        start = [*base, *untrained, training_labels(workload)]
+        # Before the first step, which makes the moments and loads the kernels.
+        start = [
+            *process(sizes, libraries=_IMPORTS),
+            *(label_names(workload), vocabulary(config, workload), training_labels(workload)),
+            *(*stored_weights(classifier), *encoder_weights(encoder)),
+        ]
         phases["drawing inputs"] = [*start, drawing_inputs(classifier)]
         phases["choosing features"] = [*start, choosing_features(classifier, workload)]
     if sizes.cuda:
@@ -142,9 +146,8 @@ def prediction_components(sizes: Sizes) -> list[Component]:
     )
 
 
-def process(sizes: Sizes) -> list[Component]:
+def process(sizes: Sizes, *, libraries: int = _LIBRARIES) -> list[Component]:
     """What any run holds, however small its model."""
-    libraries = _LIBRARIES
     if sizes.encoder.transformer is not None:
         libraries += _TRANSFORMERS
     parts = [
