@@ -7,8 +7,6 @@ best lies in one of the k groups of largest maximum, equal maxima in order.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -67,7 +65,7 @@ def _best_keys(x: Tensor, layer: Layer, k: int, exclude: tuple[Tensor, Tensor] |
 def _tile_keys(scores: Tensor, start: int, k: int) -> Tensor:
     """The keys of the k best labels of each row of a tile, or of somewhat more; [B, k']."""
     groups = scores.view(len(scores), -1, _GROUP)
-    most = cast(Tensor, groups.amax(2))
+    most = groups.amax(2)
     keys = order_key(most, torch.arange(most.shape[1]))
     chosen = keys.topk(min(k, most.shape[1]), dim=1).indices
     values = groups.gather(1, chosen[..., None].expand(-1, -1, _GROUP))
