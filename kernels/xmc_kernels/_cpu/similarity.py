@@ -24,6 +24,7 @@ from xmc_kernels.pairs import Pairs
 
 TILE = 1024
 KEPT = 2**21  # numbers of S kept from the first pass for the second, 8 MB
+KEPT_SHARE = 16  # where that is at least a sixteenth of them: less saves no time worth its memory
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -216,12 +217,13 @@ def softmax_loss(
     rows, columns = Sums.nothing(len(q)), Sums.nothing(padded(len(k)))
     queries = torch.arange(len(q)).repeat_interleave(pairs.indptr.diff())
     target, value = row_target.clone(), 0.0
-    room = KEPT if want_q or want_k else 0
     # Only columns need all tiles before the first gradient. Without them a row of tiles is done
     # at a time, so low that most of it is still at hand and not computed again.
     height = tile if columns_too else max(tile // 4, min(tile, KEPT // len(k)), 1)
     places, kept = list(engine.places(height, tile)), dict[Place, Tensor]()
     group = len(places) if columns_too else -(-len(k) // tile)
+    numbers = (len(q) if columns_too else min(len(q), tile)) * len(k)
+    room = KEPT if (want_q or want_k) and numbers <= KEPT_SHARE * KEPT else 0
     for start in range(0, len(places), max(group, 1)):
         own = places[start : start + group]
         for place in own:
