@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -32,17 +33,27 @@ COLUMNS = (
 
 
 def resource_table(
-    architectures: Iterable[int] = ARCHITECTURES, *, jobs: int = 1, only: str = ""
+    architectures: Iterable[int] = ARCHITECTURES,
+    *,
+    jobs: int = 1,
+    only: str = "",
+    sample: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row of `COLUMNS` per kernel, configuration and architecture.
 
-    `only` keeps the configurations whose name contains it. Needs a process without
+    `only` keeps the configurations whose name contains it; `sample` compiles each of them for one
+    architecture, chosen by its name. Needs a process without
     TRITON_INTERPRET=1 (RuntimeError otherwise).
     """
     from xmc_kernels._triton.configurations import configurations
 
     names = [name for name, _ in configurations() if only in name]
-    tasks = [(name, architecture) for name in names for architecture in architectures]
+    known = list(architectures)
+    tasks = [
+        (name, architecture)
+        for name in names
+        for architecture in ([known[crc32(name.encode()) % len(known)]] if sample else known)
+    ]
     if jobs == 1:
         yield from map(_row, tasks)
         return
@@ -66,9 +77,14 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument(
+        "--sample", action="store_true", help="each configuration for one architecture only"
+    )
     options = parser.parse_args()
     rows, bad = [], []
-    for row in resource_table(options.arch, jobs=options.jobs, only=options.only):
+    for row in resource_table(
+        options.arch, jobs=options.jobs, only=options.only, sample=options.sample
+    ):
         rows.append(row)
         print("  ".join(f"{row[column]!s:{width}}" for column, width in _WIDTHS.items()))
         if row["spilled_bytes"] or row["shared_bytes"] > SHARED_LIMIT[row["architecture"]]:

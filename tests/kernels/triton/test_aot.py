@@ -53,9 +53,11 @@ def test_symmetric_losses_in_bfloat16_fit_an_h100(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_all_kernels_fit_all_architectures(tmp_path) -> None:
-    rows = table(tmp_path / "table.jsonl", "--jobs", "2")
+def test_all_configurations_fit_an_architecture_each(tmp_path) -> None:
+    """The whole table, `python -m xmc_kernels.aot --jobs 2`, takes more than ten minutes."""
+    rows = table(tmp_path / "table.jsonl", "--jobs", "2", "--sample")
     assert {row["architecture"] for row in rows} == set(SHARED_LIMIT)
+    assert len({row["config"] for row in rows}) == len(rows)
     check(rows)
 
 
