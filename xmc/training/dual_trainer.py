@@ -13,7 +13,6 @@ from xmc.config import Config
 from xmc.data.batches import Dataset
 from xmc.data.label_store import LabelTexts
 from xmc.data.pairs import Pairs, epoch_pairs, trainable_labels
-from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.losses import info_nce
 from xmc.model import XMCModel
 from xmc.nn.lazy import LazyAdamW
@@ -25,6 +24,7 @@ from xmc.training.loop import StepReport, TrainingError
 from xmc.training.mining import document_tower, embed_labels_, label_tower, mine, mining_is_due
 from xmc.training.progress import Track, untracked
 from xmc.training.schedule import lr_factor
+from xmc.training.validation import validation_scores
 
 _KS = (1, 3, 5, 10, 100)
 _METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "R@10", "R@100")
@@ -128,14 +128,9 @@ class DualTrainer:
     def validate(self) -> dict[str, float] | None:
         """Scores on the validation rows; None where there are none. Embeds the labels anew."""
         self._embed()
-        if self.validation_set is None:
-            return None
-        scores = evaluate(
-            self.model.topk_of(max(_KS)),
-            self.validation_set.batches(self.config.train.eval_batch_size),
-            MetricAccumulator(ks=_KS),
+        return validation_scores(
+            self.model, self.validation_set, self.config, ks=_KS, metrics=_METRICS
         )
-        return {name: scores.values[name] for name in _METRICS}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and mined negatives, for a checkpoint."""

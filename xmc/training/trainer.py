@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from xmc.config import Config
 from xmc.data.batches import BagStore, Dataset
 from xmc.data.steps import epoch_steps
-from xmc.evaluation.metrics import MetricAccumulator, evaluate
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import Head, HeadResult
@@ -37,6 +36,7 @@ from xmc.training.passes import FittingPasses, make_passes
 from xmc.training.progress import Track, untracked
 from xmc.training.replay import random_states, set_random_states_
 from xmc.training.schedule import lr_factor
+from xmc.training.validation import validation_scores
 from xmc.types import BagReps, Batch
 
 
@@ -319,14 +319,13 @@ class Trainer:
 
     def validate(self) -> dict[str, float] | None:
         """Scores on the validation rows; None where there are none."""
-        if self.validation_set is None:
-            return None
-        scores = evaluate(
-            self.model.topk_of(max(_VALIDATION_KS)),
-            self.validation_set.batches(self.config.train.eval_batch_size),
-            MetricAccumulator(ks=_VALIDATION_KS),
+        return validation_scores(
+            self.model,
+            self.validation_set,
+            self.config,
+            ks=_VALIDATION_KS,
+            metrics=_VALIDATION_METRICS,
         )
-        return {name: scores.values[name] for name in _VALIDATION_METRICS}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments of the heads and ages of slots, for a checkpoint."""
