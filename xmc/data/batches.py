@@ -137,16 +137,18 @@ def load_dataset(
     """
     encoded = encode_split(folder, split, features, cache=cache)
     place = encoded.folder
-    indptr, ids = load_array(place / "indptr.npy"), load_array(place / "ids.npy")
-    store: BagStore | TokenStore
-    if isinstance(features, Vocabulary):
-        values = load_array(place / "values.npy")
-        store = BagStore(indptr, ids, values, features.num_features)
-    else:
-        store = TokenStore(indptr, ids, features.padding)
+    store = load_store(place, features)
     labels = _labels(place, "label", encoded.num_labels)
     exclude = _labels(place, "exclude", encoded.num_labels) if encoded.has_filter else None
     return Dataset(store, labels, exclude, encoded.key)
+
+
+def load_store(place: Path, features: Features) -> BagStore | TokenStore:
+    """The encoded texts in a folder of the cache, memory-mapped."""
+    indptr, ids = load_array(place / "indptr.npy"), load_array(place / "ids.npy")
+    if isinstance(features, Vocabulary):
+        return BagStore(indptr, ids, load_array(place / "values.npy"), features.num_features)
+    return TokenStore(indptr, ids, features.padding)
 
 
 def _labels(place: Path, name: str, num_labels: int) -> SparseLabels:

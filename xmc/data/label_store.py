@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from xmc.data.batches import BagStore, TokenStore
+from xmc.data.batches import BagStore, TokenStore, load_store
 from xmc.data.cache import (
     ArrayWriter,
     cache_root,
@@ -52,15 +52,9 @@ def load_label_texts(
     path = split_path(folder, "lbl")
     name = entry_name("label-store", _VERSION, features.digest(), content_digest([path]))
     entry = open_entry(cache_root(cache), name, lambda work: _write(Path(folder), features, work))
-    indptr, ids = load_array(entry / "indptr.npy"), load_array(entry / "ids.npy")
     titled, first = load_array(entry / "titled.npy"), load_array(entry / "first.npy")
-    store: BagStore | TokenStore
-    if isinstance(features, Vocabulary):
-        values = load_array(entry / "values.npy")
-        store = BagStore(indptr, ids, values, features.num_features)
-    else:
-        store = TokenStore(indptr, ids, features.padding)
-    known = (indptr.diff() > 0) & titled.bool()
+    store = load_store(entry, features)
+    known = (store.indptr.diff() > 0) & titled.bool()
     if not bool(known.any()):
         raise DataError(
             f"{path}: expected titles with words that the features know, "
