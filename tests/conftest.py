@@ -11,9 +11,11 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,15 @@ def contrastive_oracle() -> ModuleType:
 def runs() -> ModuleType:
     """Whole trainings: started, stopped, resumed, read and compared, `tests/runs.py`."""
     return _module("runs")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """`ranks(size, WORKER, "task", *arguments)`: a call in several processes, `tests/ranks.py`."""
+    with tempfile.TemporaryDirectory(prefix="xmc-ranks-") as folder:
+        pool = _module("ranks").Ranks(Path(folder))
+        yield pool
+        pool.close()
 
 
 def _module(name: str) -> ModuleType:
