@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmc_kernels import float8
+from xmc_kernels import float8, quantized
 from xmc_kernels.layer import Layer
-from xmc_kernels.packing import check_pattern, packed_bytes, unpack_index
+from xmc_kernels.packing import BLOCKS, check_pattern, packed_bytes, pattern_fan_in, unpack_index
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.uint16, torch.int32)
@@ -29,7 +29,7 @@ def check_layer(x: Tensor, layer: Layer) -> None:
         raise ValueError(
             f"expected x [B, D] and weight [L, F], got {list(x.shape)} and {list(weight.shape)}"
         )
-    num_labels, fan_in = weight.shape
+    num_labels, fan_in = layer.num_labels, layer.fan_in
     if num_labels == 0 or fan_in == 0:
         raise ValueError(
             f"expected at least one label and one input, got weight [{num_labels}, {fan_in}]"
@@ -51,10 +51,19 @@ def check_layer(x: Tensor, layer: Layer) -> None:
         )
 
 
-def _check_scale(x: Tensor, weight: Tensor, scale: Tensor) -> None:
-    if weight.dtype != float8.DTYPE or scale.dtype != torch.float32:
+def check_floats(layer: Layer) -> None:
+    """Raise TypeError for a layer of integers, which has no gradient."""
+    if layer.quantized:
         raise TypeError(
-            "expected weight of float8_e4m3fn and scale of float32, "
+            "expected weights of floats, as layers of int8 and int4 weights only predict "
+            f"(fan_in_topk), got {layer.weight.dtype}"
+        )
+
+
+def _check_scale(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    if weight.dtype not in (float8.DTYPE, *quantized.DTYPES) or scale.dtype != torch.float32:
+        raise TypeError(
+            "expected weight of float8_e4m3fn, int8 or uint8 and scale of float32, "
             f"got {weight.dtype} and {scale.dtype}"
         )
     if scale.shape != (len(weight),) or scale.device != x.device:
@@ -65,7 +74,7 @@ def _check_scale(x: Tensor, weight: Tensor, scale: Tensor) -> None:
 
 
 def _check_index(x: Tensor, layer: Layer, index: Tensor) -> None:
-    num_labels, fan_in = layer.weight.shape
+    num_labels, fan_in = layer.num_labels, layer.fan_in
     width = fan_in
     if layer.pattern is not None:
         check_pattern(layer.pattern, fan_in, x.shape[1])
@@ -95,18 +104,18 @@ def _check_index(x: Tensor, layer: Layer, index: Tensor) -> None:
 def compiled_on_cpu(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
     """Whether the CPU kernels take this: a sparse layer, but none of float8.
 
-    x, weight and bias are float32 or bfloat16 each, all other tensors float32.
+    x, weight (if it is of floats) and bias are float32 or bfloat16 each, all others float32.
     """
-    narrow = all(
-        t is None or t.dtype in (torch.float32, torch.bfloat16)
-        for t in (x, layer.weight, layer.bias)
-    )
+    floats = (x, layer.bias) if layer.quantized else (x, layer.weight, layer.bias)
+    narrow = all(t is None or t.dtype in (torch.float32, torch.bfloat16) for t in floats)
     wide = all(t is None or t.dtype == torch.float32 for t in others)
     return narrow and wide and layer.index is not None
 
 
 def compiled_on_cuda(x: Tensor, layer: Layer, *others: Tensor | None) -> bool:
-    """Whether the Triton kernels take this: anything but float64."""
+    """Whether the Triton kernels take this: neither float64 nor the forms of compressed models."""
+    if layer.quantized or (layer.pattern is not None and layer.pattern[1] not in BLOCKS):
+        return False
     tensors = (x, layer.weight, layer.bias, *others)
     return all(t is None or t.dtype != torch.float64 for t in tensors)
 
@@ -183,7 +192,7 @@ def validate_index(
         raise ValueError(f"expected a non-empty index of shape [L/G, F], got {list(index.shape)}")
     fan_in = index.shape[1]
     if pattern is not None:
-        fan_in = pattern[0] * in_features // pattern[1]
+        fan_in = pattern_fan_in(pattern, in_features)
         check_pattern(pattern, fan_in, in_features)
         if index.shape[1] != packed_bytes(fan_in, pattern):
             raise ValueError(

@@ -141,6 +141,7 @@ def classifier_loss_and_grad(
 
 def _check(x: Tensor, layer: Layer, indptr: Tensor, indices: Tensor, loss: str) -> None:
     checks.check_layer(x, layer)
+    checks.check_floats(layer)
     checks.check_rows(indptr, indices, x.shape[0])
     if loss not in LOSSES:
         raise ValueError(f"expected a loss of {', '.join(LOSSES)}, got {loss!r}")

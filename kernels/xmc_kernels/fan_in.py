@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xmc_kernels._reference import fan_in as reference
-from xmc_kernels.checks import check_layer, compiled_on_cpu, compiled_on_cuda
+from xmc_kernels.checks import check_floats, check_layer, compiled_on_cpu, compiled_on_cuda
 from xmc_kernels.layer import Layer
 
 
@@ -35,7 +35,8 @@ def fan_in_linear(
     Raises ValueError or TypeError on shapes, dtypes and devices that do not fit together. The
     values of index are trusted: see `checks.validate_index`.
     """
-    check_layer(x, Layer(weight, index, bias, pattern, scale))
+    check_layer(x, layer := Layer(weight, index, bias, pattern, scale))
+    check_floats(layer)
     return _fan_in_linear(x, weight, index, bias, pattern, scale)
 
 

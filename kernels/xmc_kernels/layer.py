@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from xmc_kernels.quantized import DTYPES
 
 
 @dataclass(frozen=True)
 class Layer:
     """Weights of L labels, which inputs they belong to, and biases."""
 
-    weight: Tensor  # [L, F], or [L, D] where index is None
+    weight: Tensor  # [L, F], or [L, D] where index is None; int4: two weights a byte
     index: Tensor | None  # [L/G, F] uint16 or int32; [L/G, P] uint8 with a pattern; None: dense
     bias: Tensor | None  # [L]
     pattern: tuple[int, int] | None = None
     """(n, m): n of every m consecutive inputs, `index` packed (`packing.py`)."""
-    scale: Tensor | None = None  # [L] float32: what float8 weights are multiplied by
+    scale: Tensor | None = None
+    """[L] float32: what float8, int8 and int4 (uint8, `quantized.py`) weights are multiplied by."""
 
     @classmethod
     def of(
@@ -39,13 +43,23 @@ class Layer:
 
     @property
     def fan_in(self) -> int:
-        """F, or D of a dense layer."""
-        return self.weight.shape[1]
+        """F, or D of a dense layer, which in int4 has an even one."""
+        if self.weight.dtype != torch.uint8:
+            return self.weight.shape[1]
+        if self.pattern is None and self.index is not None:
+            return self.index.shape[1]
+        # Half a byte may be left over where n is odd.
+        return 2 * self.weight.shape[1] - (self.pattern is not None and self.pattern[0] % 2)
 
     @property
     def group(self) -> int:
         """G, the labels that share an index row; 1 for a dense layer."""
         return 1 if self.index is None else self.num_labels // self.index.shape[0]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are integers: such layers predict and are not trained."""
+        return self.weight.dtype in DTYPES
 
     def contiguous(self) -> Layer:
         """With every tensor contiguous; copies those that are not."""

@@ -16,7 +16,7 @@ from xmc_kernels.layer import Layer
 @torch.no_grad()
 def fan_in_topk(
     x: Tensor,  # [B, D]
-    weight: Tensor,  # [L, F], or [L, D] where index is None
+    weight: Tensor,  # [L, F], or [L, D] where index is None; int4: [L, ceil(F / 2)]
     index: Tensor | None,  # [L/G, F] uint16 or int32, sorted, distinct; None: dense
     bias: Tensor | None,  # [L]
     k: int,
@@ -28,7 +28,10 @@ def fan_in_topk(
 ) -> tuple[Tensor, Tensor]:  # scores [B, k] float32, labels [B, k] int64
     """The k largest of `x @ dense(weight, index).T + bias` per row, best first.
 
-    `pattern` and `scale` as in `fan_in_linear`.
+    `pattern` and `scale` as in `fan_in_linear`. Beside those, the layer of a compressed model is
+    read as it is stored: weights of int8 or int4 (uint8, two a byte) with their `scale`, see
+    `quantized.py`, and any index packed by `pattern=packing.one_block(F, D)`. On the CPU they are
+    spelt out for a few labels at a time, never as a whole; on CUDA the plain torch definition runs.
 
     Ties go to the lower label. Labels come back as row of weight + label_offset, and `exclude`
     (sorted within a row) holds ids of that kind, which its row never gets. Where fewer than k

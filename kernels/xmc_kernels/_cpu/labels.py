@@ -1,8 +1,8 @@
 """A layer's labels as kernels read them, block by block: index rows, weights and biases.
 
 A block is a few consecutive labels with one index row each, or labels of one group that share one.
-Packed indices and bfloat16 weights are spelt out for a block at a time, in a buffer that stays in
-the first-level cache.
+Packed indices and weights other than float32 are spelt out for a block at a time, in a buffer that
+stays in the first-level cache.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from numba.extending import overload
 from xmc_kernels._cpu import threads
 from xmc_kernels._cpu.bfloat16 import widen
 from xmc_kernels._cpu.packed import unpack_rows
+from xmc_kernels._cpu.quantized import scale_bytes, scale_halves
 from xmc_kernels._cpu.vector import at_address, bits_of
 from xmc_kernels.layer import Layer
 from xmc_kernels.packing import slot_bits
 
 # Fields of every kernel's record, beside those of `threads.record_type`.
-ADDRESSES = "x weight index bias bad biases widened unpacked_rows offsets shifts"
+ADDRESSES = "x weight weight_scale index bias bad biases widened unpacked_rows offsets shifts"
 INTEGERS = (
     "num_tiles features fan_in group chunk block bias_bytes slot_bits row_bytes index_bytes "
     "unpacked widened_size"
@@ -36,11 +37,13 @@ _L1 = 2048  # inputs of a block's labels that are spelt out at once, in the firs
 def kinds(layer: Layer, width: int) -> tuple:
     """What kernels are compiled for: types of index and weights, labels taken together.
 
-    uint8 is a packed index, uint16 stands for bfloat16.
+    uint8 is a packed index, or int4 weights; uint16 stands for bfloat16.
     """
     assert layer.index is not None
-    weight = np.uint16 if layer.weight.dtype == torch.bfloat16 else np.float32
-    return layer.index.numpy().dtype.type, weight, shared_labels(layer, width)
+    weight = layer.weight.dtype
+    bits = np.uint16 if weight == torch.bfloat16 else torch.empty(0, dtype=weight).numpy().dtype
+    index = layer.index.numpy().dtype
+    return index.type, np.dtype(bits).type, shared_labels(layer, width)
 
 
 @functools.cache
@@ -71,6 +74,7 @@ def layer_fields(tiles: np.ndarray, layer: Layer, num_shares: int) -> dict[str, 
         "num_labels": layer.num_labels,
         "x": tiles,
         "weight": layer.weight,
+        "weight_scale": layer.scale,
         "index": layer.index,
         "bias": layer.bias,
         "bad": np.full(num_shares, -1),  # the first label of a share that was refused
@@ -100,13 +104,19 @@ def _pattern_fields(
     unpacked = -(-layer.fan_in // 8) * 8
     return {
         "slot_bits": bits,
-        "shifts": np.arange(8, dtype=np.uint64) * bits,
+        "shifts": _shifts(bits),
         "row_bytes": layer.index.shape[1],
         "index_bytes": layer.index.numel(),
         "unpacked": unpacked,
         "unpacked_rows": np.zeros((num_shares, block, unpacked), np.int32),
         "offsets": np.arange(unpacked, dtype=np.int32) // n * m,  # the first input of a slot
     }
+
+
+def _shifts(bits: int) -> np.ndarray:
+    """Where eight slots begin in their two words, see `packed.unpack_rows`."""
+    of_word = np.arange(4, dtype=np.uint64) * bits
+    return np.concatenate([of_word, of_word + 4 * (bits % 2)]).astype(np.uint64)
 
 
 def raise_bad_index(layer: Layer, fields: dict[str, Any]) -> None:
@@ -177,7 +187,18 @@ def _weight_rows(a, weight, share, start, count):
         widen(weight, start * a.fan_in, count * a.fan_in, bits_of(rows))
         return rows, 0
 
-    return bfloat16 if weight.dtype == types.uint16 else float32
+    def int8(a, weight, share, start, count):
+        rows = at_address(np.float32, a.widened + share * 4 * a.widened_size)
+        scale_bytes(weight, at_address(np.float32, a.weight_scale), start, count, a.fan_in, rows)
+        return rows, 0
+
+    def int4(a, weight, share, start, count):
+        rows = at_address(np.float32, a.widened + share * 4 * a.widened_size)
+        scale_halves(weight, at_address(np.float32, a.weight_scale), start, count, a.fan_in, rows)
+        return rows, 0
+
+    forms = {types.uint16: bfloat16, types.int8: int8, types.uint8: int4}
+    return forms.get(weight.dtype, float32)
 
 
 @njit(forceinline=True)

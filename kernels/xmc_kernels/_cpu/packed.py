@@ -1,4 +1,4 @@
-"""Index rows of N:M patterns, unpacked block by block: see `packing.py` for the format."""
+"""Packed index rows, unpacked block by block: see `packing.py` for the format."""
 
 from __future__ import annotations
 
@@ -23,22 +23,30 @@ def _word(typingctx, packed, at):
 
 
 @intrinsic
-def _spread(typingctx, word, shifts, mask, offsets, into, at):
-    """`into[at + j] = offsets[at + j] + (word >> shifts[j] & mask)` for j < 8, of pointers."""
+def _spread(typingctx, low, high, shifts, mask, offsets, into, at):
+    """`into[at + j] = offsets[at + j] + (word >> shifts[j] & mask)` for j < 8, of pointers.
+
+    The word is `low` for the first four and `high` for the others.
+    """
     offset, inputs = types.intp, types.CPointer(types.int32)
     wide = types.CPointer(types.uint64)
-    signature = types.void(types.uint64, wide, types.uint64, inputs, inputs, offset)
+    word = types.uint64
+    signature = types.void(word, word, wide, types.uint64, inputs, inputs, offset)
 
     def codegen(context, builder, sig, args):
-        word, shifts, mask, offsets, into, at = args
-        words, numbers = ir.VectorType(word.type, 8), ir.VectorType(ir.IntType(32), 8)
+        low, high, shifts, mask, offsets, into, at = args
+        words, numbers = ir.VectorType(low.type, 8), ir.VectorType(ir.IntType(32), 8)
+        halves = [ir.IntType(32)(lane // 4 * 8) for lane in range(8)]
+        word = builder.shuffle_vector(
+            splatted(builder, 8, low),
+            splatted(builder, 8, high),
+            ir.Constant(ir.VectorType(ir.IntType(32), 8), halves),
+        )
 
         def vector(pointer, kind):
             return builder.bitcast(pointer, kind.as_pointer())
 
-        spread = builder.lshr(
-            splatted(builder, 8, word), builder.load(vector(shifts, words), align=8)
-        )
+        spread = builder.lshr(word, builder.load(vector(shifts, words), align=8))
         local = builder.trunc(builder.and_(spread, splatted(builder, 8, mask)), numbers)
         first = builder.load(vector(builder.gep(offsets, [at]), numbers), align=4)
         to = vector(builder.gep(into, [at]), numbers)
@@ -48,23 +56,30 @@ def _spread(typingctx, word, shifts, mask, offsets, into, at):
     return signature, codegen
 
 
+@njit(forceinline=True)
+def word_at(a, packed, at):
+    """Eight bytes from an offset on, zeros behind the index."""
+    if at + 8 <= a.index_bytes:
+        return _word(packed, at)
+    word = np.uint64(0)
+    for i in range(a.index_bytes - at):
+        word |= np.uint64(packed[at + i]) << np.uint64(8 * i)
+    return word
+
+
 @njit(error_model="numpy")
 def unpack_rows(a, packed, first, last, into):
     """The inputs of index rows [first, last) as int32, rows `a.unpacked` numbers apart.
 
-    Eight slots of b bits fill b bytes, so that each eight begin with a byte and fit a word; the
-    last words would end behind the index and are put together byte by byte.
+    Eight slots of b bits fill b bytes, so that each eight begin with a byte; four fit a word, the
+    second of which begins at the byte in which its first slot does. Words that would end behind
+    the index are put together byte by byte.
     """
     shifts, offsets = at_address(np.uint64, a.shifts), at_address(np.int32, a.offsets)
     mask = (np.uint64(1) << np.uint64(a.slot_bits)) - np.uint64(1)
     for r in range(first, last):
         at, to = r * a.row_bytes, (r - first) * a.unpacked
         for k in range(0, a.fan_in, 8):
-            if at + 8 <= a.index_bytes:
-                word = _word(packed, at)
-            else:
-                word = np.uint64(0)
-                for i in range(a.index_bytes - at):
-                    word |= np.uint64(packed[at + i]) << np.uint64(8 * i)
-            _spread(word, shifts, mask, offsets, advance(into, to), k)
+            low, high = word_at(a, packed, at), word_at(a, packed, at + a.slot_bits // 2)
+            _spread(low, high, shifts, mask, offsets, advance(into, to), k)
             at += a.slot_bits

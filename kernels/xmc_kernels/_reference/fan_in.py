@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xmc_kernels import float8
+from xmc_kernels import float8, quantized
 from xmc_kernels.layer import Layer
 from xmc_kernels.packing import unpack_index
 
@@ -41,6 +41,8 @@ def tile_weight(layer: Layer, start: int, stop: int, dtype: torch.dtype) -> Tens
     rows = layer.weight[start:stop]
     if layer.scale is None:
         return rows.to(dtype)
+    if layer.quantized:
+        return quantized.dequantize(rows, layer.scale[start:stop], layer.fan_in, dtype)
     return float8.dequantize(rows, layer.scale[start:stop], dtype)
 
 
