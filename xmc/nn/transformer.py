@@ -99,41 +99,47 @@ class TransformerEncoder(nn.Module):
             self._to_compile = False
             _compile(self.model, tokens.ids.device)
         try:
-            with self._precision(tokens.ids.device):
+            with arithmetic_in(self.autocast, tokens.ids.device):
                 output = self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
         except IndexError as error:
-            raise ValueError(self._misfit(tokens)) from error
-        hidden = output.last_hidden_state  # [B, T, D]
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return self.dropout(_pool(hidden, tokens.mask, self.pooling))
+            raise ValueError(misfit(self.config, tokens)) from error
+        return self.dropout(pool(output.last_hidden_state, tokens.mask, self.pooling))
 
     def extra_repr(self) -> str:
         return f"pooling={self.pooling}, autocast={self.autocast}"
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        dtype = _DTYPES[self.autocast]
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-    def _misfit(self, tokens: Tokens) -> str:
-        config = self.config
-        return (
-            f"expected token ids below {config.vocab_size} and at most "
-            f"{getattr(config, 'max_position_embeddings', 'any number of')} positions, "
-            f"got ids up to {int(tokens.ids.max())} and {tokens.ids.shape[1]} positions"
-        )
 
 
 _DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[B, T, D] to [B, D]: the mean over real tokens (zeros if none), or the first real token."""
+def arithmetic_in(autocast: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, the arithmetic of models is in that dtype; "none" leaves it as it is."""
+    dtype = _DTYPES[autocast]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def pool(
+    hidden: Tensor,  # [B, T, D]
+    mask: Tensor,  # [B, T]
+    pooling: str,
+) -> Tensor:  # [B, D], at least float32
+    """The mean over real tokens (zeros where there are none), or the first real token."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if pooling == "cls":
         first = mask.argmax(1)  # not always 0: some tokenizers pad on the left
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
     real = mask.bool().unsqueeze(2)
     total = hidden.masked_fill(~real, 0).sum(1)
     return total / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def misfit(config: Any, tokens: Tokens) -> str:
+    """What is wrong with tokens for which a model has no row in some table."""
+    return (
+        f"expected token ids below {config.vocab_size} and at most "
+        f"{getattr(config, 'max_position_embeddings', 'any number of')} positions, "
+        f"got ids up to {int(tokens.ids.max())} and {tokens.ids.shape[1]} positions"
+    )
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:
