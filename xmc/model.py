@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from xmc.config import Config, ConfigError, from_dict, to_dict
 from xmc.data.features import Features, load_features
+from xmc.distributed.collectives import World, gather_rows
+from xmc.distributed.sharding import RowShard
 from xmc.files import write_file, write_json
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.bag import BagClassifierHead
@@ -64,20 +66,31 @@ class XMCModel(nn.Module):
         self.encoder = encoder
         self.intermediate = nn.Identity() if intermediate is None else intermediate
         self.head = head
+        # Of the head's labels; encoder and layers between are whole on every rank.
+        self.world = World.alone() if isinstance(head, RetrievalHead) else head.world
         self.folder: Path | None = None  # where it was loaded from
 
     @torch.inference_mode()
     def topk(self, inputs: Bag | Tokens, k: int, exclude: SparseLabels | None = None) -> TopK:
-        """The k best labels of each input, without dropout."""
+        """The k best labels of each input, without dropout; inputs are the same on all ranks."""
         return self.head.topk(self.reps(inputs), k, exclude)
 
     @torch.inference_mode()
     def reps(self, inputs: Bag | Tokens) -> Any:  # Tensor [B, D] or BagReps, as the head wants it
-        """What the head reads of each input, without dropout; restores the training mode."""
+        """What the head reads of each input, without dropout; restores the training mode.
+
+        On several ranks all have all inputs, and each encodes a share; one all-gather of [B, D].
+        """
         training = self.encoder.training
         self.encoder.eval()
         try:
-            return self.head_inputs(self.intermediate(self.encoder(inputs)), inputs)
+            counts = [len(part) for part in torch.arange(len(inputs)).tensor_split(self.world.size)]
+            first = sum(counts[: self.world.rank])
+            # A rank without rows encodes one in vain, as encoders need one.
+            start = min(first, max(len(inputs) - 1, 0))
+            mine = inputs.slice(start, max(first + counts[self.world.rank], start + 1))
+            own = self.intermediate(self.encoder(mine))[: counts[self.world.rank]]
+            return self.head_inputs(gather_rows(own, counts, self.world), inputs)
         finally:
             self.encoder.train(training)
 
@@ -139,6 +152,16 @@ class XMCModel(nn.Module):
         """Every tensor of encoder and head by name, sharing storage with the model."""
         return dict(self.state_dict(keep_vars=False))
 
+    def row_shards(self) -> dict[str, RowShard]:
+        """Which rows of a tensor this rank holds, by name, where not all; see `ClassifierHead`.
+
+        Names are those of `weights()`, and with "head." before them those of the head's
+        `training_state()`. All other tensors are the same on every rank.
+        """
+        if isinstance(self.head, RetrievalHead):
+            return {}
+        return {f"head.{name}": rows for name, rows in self.head.row_shards().items()}
+
     def num_bytes(self) -> int:
         """Bytes of all weights and indices in memory, padding and what is in no file included."""
         tensors = [*self.parameters(), *self.buffers()]
@@ -153,10 +176,13 @@ def build_model(
     label_shares: Tensor | None = None,  # [L], share of training rows that carry each label
     positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
     order: Tensor | None = None,  # [L], the label of each row of the classifier
+    world: World | None = None,  # None: alone
 ) -> XMCModel:
     """A fresh model with weights drawn from torch's global generator.
 
-    Raises ValueError where the recipe wants what the caller has to bring and has not.
+    Where `world` has several ranks, all build with the same arguments and the same state of the
+    generator, and each gets the classifier's rows of a part of the labels, as one process would
+    draw them. Raises ValueError where the recipe wants what the caller has to bring and has not.
     """
     if config.train.objective == "contrastive":
         encoder = _build_encoder(config, features, config.encoder.model)
@@ -179,6 +205,7 @@ def build_model(
         label_shares=label_shares,
         positive_weight=positive_weight,
         num_bag_features=features.num_features,
+        world=world,
     )
     return XMCModel(config, features, labels, encoder, head, intermediate)
 
@@ -327,6 +354,7 @@ def _build_head(
     label_shares: Tensor | None = None,
     positive_weight: Tensor | None = None,
     num_bag_features: int,
+    world: World | None = None,
 ) -> ClassifierHead | ArrangedHead:
     if config.head.bag_fan_in:
         return BagClassifierHead.from_options(
@@ -337,6 +365,7 @@ def _build_head(
             config.classifier_optimizer,
             label_shares=label_shares,
             positive_weight=positive_weight,
+            world=world,
         )
     if is_arranged(num_labels, config.head):
         return ArrangedHead.from_config(
@@ -347,6 +376,7 @@ def _build_head(
             order=order,
             label_shares=label_shares,
             positive_weight=positive_weight,
+            world=world,
         )
     return ClassifierHead.from_config(
         in_features,
@@ -355,6 +385,7 @@ def _build_head(
         config.classifier_optimizer,
         label_shares=label_shares,
         positive_weight=positive_weight,
+        world=world,
     )
 
 

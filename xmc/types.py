@@ -73,6 +73,14 @@ class SparseLabels:
         inside = (self.indices >= start) & (self.indices < stop)
         return rows[inside], self.indices[inside].long() - start
 
+    def within(self, shard: LabelShard) -> SparseLabels:
+        """The same rows with the labels of a shard only, counted from its first."""
+        if len(shard) == self.num_labels:
+            return self
+        inside = (self.indices >= shard.start) & (self.indices < shard.stop)
+        indptr = F.pad(inside.cumsum(0), (1, 0))[self.indptr]
+        return SparseLabels(indptr, self.indices[inside] - shard.start, len(shard))
+
     def to_dense(self) -> Tensor:
         """[N, L] float32 of zeros and ones. For tests and small sets only."""
         dense = torch.zeros(self.num_rows, self.num_labels, device=self.device)
@@ -291,10 +299,11 @@ class LabelShard:
         return cls(0, num_labels, num_labels)
 
     @classmethod
-    def partition(cls, num_labels: int, rank: int, world_size: int) -> LabelShard:
-        """The share of `rank`; sizes differ by at most one."""
+    def partition(cls, num_labels: int, rank: int, world_size: int, *, unit: int = 1) -> LabelShard:
+        """The share of `rank` in whole units of labels; sizes differ by at most one unit."""
         if not 0 <= rank < world_size:
             raise ValueError(f"expected a rank in [0, {world_size}), got {rank}")
-        small, larger = divmod(num_labels, world_size)
+        small, larger = divmod(-(-num_labels // unit), world_size)
         start = rank * small + min(rank, larger)
-        return cls(start, start + small + (rank < larger), num_labels)
+        stop = start + small + (rank < larger)
+        return cls(min(start * unit, num_labels), min(stop * unit, num_labels), num_labels)

@@ -20,6 +20,10 @@ class RowShard:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def per(self, group: int) -> RowShard:
+        """Of a tensor with one row for each group of these, which the shard cuts nowhere."""
+        return RowShard(self.start // group, self.stop // group, self.total // group)
+
     def within(self, start: int, stop: int) -> tuple[int, int]:
         """The part of rows start..stop that is held here, counted like them; perhaps empty."""
         first = min(max(start, self.start), stop)

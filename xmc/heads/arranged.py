@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.distributed.collectives import World, counts_of, gather_labels, gather_rows
+from xmc.distributed.sharding import RowShard
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.head import HeadResult
 from xmc.heads.order import num_dense, order_problem, renumbered
@@ -75,10 +77,12 @@ class ArrangedHead(nn.Module):
         order: Tensor | None = None,  # [L], the label of each row; None: labels as they come
         label_shares: Tensor | None = None,  # [L], by label
         positive_weight: Tensor | None = None,  # [L], by label
+        world: World | None = None,  # None: alone
     ) -> ArrangedHead:
         """A fresh head, see `ClassifierHead.from_config` and `xmc.heads.order.label_order`.
 
-        Dense rows are stored like sparse ones, in bfloat16 where those are float8.
+        Dense and sparse rows are divided among the ranks each by themselves. Dense rows are stored
+        like sparse ones, in bfloat16 where those are float8.
         """
         if order is None:
             order = torch.arange(num_labels)
@@ -101,13 +105,14 @@ class ArrangedHead(nn.Module):
                 optimizer,
                 label_shares=rows(label_shares, start, stop),
                 positive_weight=rows(positive_weight, start, stop),
+                world=world,
             )
 
         plain = replace(config, order="none", dense_share=0.0)
         dense = None
         if dense_rows:
             dtype = "bfloat16" if config.weight_dtype == "float8" else config.weight_dtype
-            options = replace(plain, kind="dense", pattern="", weight_dtype=dtype)
+            options = replace(plain, kind="dense", pattern="", weight_dtype=dtype, group_size=1)
             dense = part(options, 0, dense_rows)
         sparse = part(plain, dense_rows, dense_rows + padded)
         return cls(sparse, order, dense=dense, dense_lr_scale=config.dense_lr_scale)
@@ -117,8 +122,13 @@ class ArrangedHead(nn.Module):
         return self.order.shape[0]
 
     @property
+    def world(self) -> World:
+        """The ranks that the rows of both parts are divided among."""
+        return self.sparse.world
+
+    @property
     def layer(self) -> FixedFanInLinear | nn.Linear:
-        """That of the sparse rows, phantoms included: the one whose pattern evolves."""
+        """Of the sparse rows on this rank, phantoms included: the one whose pattern evolves."""
         return self.sparse.layer
 
     @property
@@ -167,11 +177,14 @@ class ArrangedHead(nn.Module):
         weight: float = 1.0,
     ) -> HeadResult:
         """The sum of the results of dense and sparse rows; see `Head.loss_and_grad`."""
+        counts = counts_of(len(reps), self.world)
+        reps = gather_rows(reps, counts, self.world)
+        labels = gather_labels(labels, counts, self.world)
         first, *others = [
-            part.loss_and_grad(reps, own, num_rows=num_rows, update=update, weight=weight)
+            part.own_loss_and_grad(reps, own, num_rows=num_rows, update=update, weight=weight)
             for (_, part), own in zip(self._parts(), self._by_part(labels), strict=True)
         ]
-        return sum(others, first)
+        return sum(others, first).summed(counts, self.world)
 
     @torch.no_grad()
     def topk(
@@ -245,6 +258,17 @@ class ArrangedHead(nn.Module):
             state |= {f"dense.{name}": tensor for name, tensor in dense.items()}
         return state
 
+    def slot_ages(self) -> SlotAges | None:
+        """`ClassifierHead.slot_ages` of the sparse rows."""
+        return self.sparse.slot_ages()
+
+    def row_shards(self) -> dict[str, RowShard]:
+        """`ClassifierHead.row_shards` of both parts; `order` is whole on every rank."""
+        shards = {f"sparse.{name}": rows for name, rows in self.sparse.row_shards().items()}
+        if self.dense is not None:
+            shards |= {f"dense.{name}": rows for name, rows in self.dense.row_shards().items()}
+        return shards
+
     @property
     def _rows(self) -> Tensor:
         """The row of each label, [L] int32."""
@@ -273,8 +297,9 @@ class ArrangedHead(nn.Module):
 
     @torch.no_grad()
     def _silence_phantoms_(self) -> None:
-        layer, first = self.sparse.layer, self.num_labels - self._num_dense
-        if first == layer.out_features or layer.weight.is_meta:
+        layer, shard = self.sparse.layer, self.sparse.shard
+        first = max(self.num_labels - self._num_dense, shard.start) - shard.start
+        if first >= layer.out_features or layer.weight.is_meta:
             return
         if layer.bias is None:
             raise ValueError("expected a bias, which keeps phantom rows silent, got none")

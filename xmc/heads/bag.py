@@ -8,18 +8,24 @@ that both are trained together by the same fused step, each on what the other le
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from xmc.config import HeadConfig, OptimizerConfig
-from xmc.heads.candidates import candidate_scores
-from xmc.heads.classifier import DTYPES, ClassifierHead, starting_bias
+from xmc.distributed.collectives import World
+from xmc.distributed.sharding import RowShard
+from xmc.heads.classifier import ClassifierHead
+from xmc.heads.fresh import DTYPES, own_labels, starting_bias
+from xmc.heads.head import HeadResult
+from xmc.nn.bag_reps import gather_bag_reps
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.pattern import draw_index_
+from xmc.nn.pattern import draw_index_, draw_uniform_
 from xmc.types import BagReps
 
 _TILE = 1 << 22  # inputs chosen at a time
@@ -55,11 +61,16 @@ class BagClassifierHead(ClassifierHead):
         *,
         label_shares: Tensor | None = None,  # [L], share of training rows with the label
         positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
+        world: World | None = None,  # None: alone
     ) -> BagClassifierHead:
         """A fresh head: the usual start for the representation, random features of weight 0.
 
-        Raises ValueError where there are fewer features than labels are to read.
+        On several ranks as `ClassifierHead.from_config`. Raises ValueError where there are fewer
+        features than labels are to read.
         """
+        world = world or World.alone()
+        shard = own_labels(num_labels, world)
+        rows = RowShard(shard.start, shard.stop, num_labels)
         inner, words = config.fan_in, config.bag_fan_in
         if words > num_bag_features:
             raise ValueError(
@@ -67,20 +78,20 @@ class BagClassifierHead(ClassifierHead):
             )
         layer = FixedFanInLinear(
             in_features + num_bag_features,
-            num_labels,
+            len(shard),
             inner + words,
             dtype=DTYPES[config.weight_dtype],
+            rows=rows,
         )
         if not layer.index.is_meta:
-            parts = [torch.empty(num_labels, n, dtype=torch.int32) for n in (inner, words)]
-            draw_index_(parts[0], in_features)
-            draw_index_(parts[1], num_bag_features).add_(in_features)
+            parts = [torch.empty(len(shard), n, dtype=torch.int32) for n in (inner, words)]
+            draw_index_(parts[0], in_features, rows)
+            draw_index_(parts[1], num_bag_features, rows).add_(in_features)
             layer.index.copy_(torch.cat(parts, 1))
-            bound = 1 / math.sqrt(inner)
             with torch.no_grad():
-                nn.init.uniform_(layer.weight[:, :inner], -bound, bound)
+                draw_uniform_(layer.weight[:, :inner], 1 / math.sqrt(inner), rows)
                 layer.weight[:, inner:].zero_()
-        layer.bias = starting_bias(layer.bias, config, label_shares)
+        layer.bias = starting_bias(layer.bias, config, label_shares, shard)
         return cls(
             layer,
             in_features,
@@ -88,12 +99,14 @@ class BagClassifierHead(ClassifierHead):
             optimizer=optimizer,
             label_smoothing=config.label_smoothing,
             positive_weight=positive_weight,
+            world=world,
+            shard=shard,
         )
 
     @torch.no_grad()
     def choose_features_(
         self,
-        features: scipy.sparse.csr_matrix,  # [L, V], at most bag_fan_in entries a row
+        features: scipy.sparse.csr_matrix,  # [L, V] of all labels, at most bag_fan_in entries a row
         scale: float,
     ) -> None:
         """Let each label read these features, with `scale` times these weights.
@@ -106,9 +119,25 @@ class BagClassifierHead(ClassifierHead):
         for start in range(0, len(layer.weight), step):
             rows = slice(start, start + step)
             own = layer.index[rows, inner:].int().cpu().numpy() - self.num_reps
-            index, weight = _completed(features[rows], own)
+            first = self.shard.start + start
+            index, weight = _completed(features[first : first + len(own)], own)
             layer.index[rows, inner:] = torch.from_numpy(index + self.num_reps).to(layer.index)
             layer.weight[rows, inner:] = torch.from_numpy(scale * weight).to(layer.weight)
+
+    def _gather(self, reps: Any, counts: Sequence[int]) -> Any:
+        """BagReps of all rows: instead of bags' columns the weights of their features are sent."""
+        reps = _checked(reps)
+        least = self._layer.fan_in
+        return gather_bag_reps(reps, self.num_reps, counts, self.world, least=least)
+
+    def _summed(self, own: HeadResult, reps: Any, counts: Sequence[int]) -> HeadResult:
+        """d_reps [B, D + A + Z], on several ranks 0 for bags, whose columns differ over ranks."""
+        if self.world.size == 1:
+            return own
+        own = HeadResult(own.loss, own.d_reps[:, : self.num_reps])
+        result = own.summed(counts, self.world)
+        missing = reps.values.shape[1] - self.num_reps
+        return HeadResult(result.loss, F.pad(result.d_reps, (0, missing)))
 
     def _read(self, reps: Any) -> tuple[Tensor, Tensor | None]:
         """[B, D + A + Z], and an index into its columns."""
@@ -118,7 +147,7 @@ class BagClassifierHead(ClassifierHead):
     def candidate_scores(self, reps: Tensor | BagReps, labels: Tensor) -> Tensor:  # [B, C]
         """The exact scores of chosen labels, see `xmc.heads.candidates`."""
         reps = _checked(reps)
-        return candidate_scores(self._layer, reps.values, labels, columns=self._columns(reps))
+        return self._candidate_scores(reps.values, labels, self._columns(reps))
 
     def rewire_(self, *args: Any, **options: Any) -> Any:
         """Raises ValueError: features of bags stay as chosen."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.distributed.collectives import (
+    World,
+    counts_of,
+    gather_labels,
+    gather_rows,
+    merge_topk,
+    sum_,
+)
+from xmc.distributed.sharding import RowShard
 from xmc.heads.candidates import candidate_scores
+from xmc.heads.fresh import fresh_layer, own_labels, starting_bias
 from xmc.heads.growth import growth_scores
 from xmc.heads.head import HeadResult
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire import RewireReport, rewire_
 from xmc.nn.rewire_schedule import prune_amount
 from xmc.nn.slot_age import SlotAges
-from xmc.types import SparseLabels, TopK
+from xmc.types import LabelShard, SparseLabels, TopK
+from xmc_kernels.checks import check_label_range
 from xmc_kernels.classifier import ClassifierState, UpdateRule, classifier_step_, make_state
 from xmc_kernels.topk import fan_in_topk
 
@@ -26,6 +38,9 @@ class ClassifierHead(nn.Module):
     The layer's weights never enter autograd: `loss_and_grad` computes scores, gradients and the
     optimizer's update label tile by label tile, so neither `[B, L]` nor a gradient of the weights
     exists (an `[L, F]` gradient does while a step is accumulated over several passes).
+
+    Where `world` has several ranks, each has the layer of its `shard` of the labels, and all call
+    a method together. Labels are named by their ids among all of them everywhere.
     """
 
     def __init__(
@@ -36,17 +51,22 @@ class ClassifierHead(nn.Module):
         optimizer: OptimizerConfig | None = None,
         label_smoothing: float = 0.0,
         positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
+        world: World | None = None,  # None: alone
+        shard: LabelShard | None = None,  # the labels of the layer; None: all
     ) -> None:
         super().__init__()
         optimizer = optimizer or OptimizerConfig()
+        self.world = world or World.alone()
+        self.shard = shard or LabelShard.whole(layer.out_features)
+        if len(self.shard) != layer.out_features:
+            raise ValueError(f"expected a shard of {layer.out_features} labels, got {self.shard}")
         self.layer = layer.requires_grad_(False)
         self.loss = loss
         self.label_smoothing = label_smoothing
         # Only training needs it, and has it from the data: it is in no file.
         self.positive_weight: Tensor | None
-        self.register_buffer(
-            "positive_weight", _checked(positive_weight, layer.out_features), persistent=False
-        )
+        positive_weight = _checked(positive_weight, self.shard)
+        self.register_buffer("positive_weight", positive_weight, persistent=False)
         self.rule = UpdateRule(
             kind=optimizer.kind,
             momentum=optimizer.momentum,
@@ -70,28 +90,26 @@ class ClassifierHead(nn.Module):
         *,
         label_shares: Tensor | None = None,  # [L], share of training rows with the label
         positive_weight: Tensor | None = None,  # [L], what a positive of each label counts
+        world: World | None = None,  # None: alone
     ) -> ClassifierHead:
-        """A fresh head; `label_shares` feeds the log-prior bias."""
-        layer: FixedFanInLinear | nn.Linear
-        dtype = DTYPES[config.weight_dtype]
-        if config.kind == "sparse":
-            layer = FixedFanInLinear(
-                in_features,
-                num_labels,
-                config.fan_in,
-                group_size=config.group_size,
-                pattern=_pattern(config.pattern),
-                dtype=dtype,
-            )
-        else:
-            layer = nn.Linear(in_features, num_labels, dtype=dtype)
-        layer.bias = starting_bias(layer.bias, config, label_shares)
+        """A fresh head; `label_shares` feeds the log-prior bias.
+
+        Every rank calls it with the same arguments and the same state of torch's generator, gets
+        the rows of its labels as one process would draw them, and leaves the generator alike.
+        Raises ValueError for fewer groups of labels than ranks.
+        """
+        world = world or World.alone()
+        shard = own_labels(num_labels, world, config.group_size)
+        layer = fresh_layer(in_features, shard, config)
+        layer.bias = starting_bias(layer.bias, config, label_shares, shard)
         return cls(
             layer,
             loss=config.loss,
             optimizer=optimizer,
             label_smoothing=config.label_smoothing,
             positive_weight=positive_weight,
+            world=world,
+            shard=shard,
         )
 
     @property
@@ -119,6 +137,14 @@ class ClassifierHead(nn.Module):
         """What the operations read, and each label's place in it: all of `reps`, by `index`."""
         return reps, self.index
 
+    def _gather(self, reps: Any, counts: Sequence[int]) -> Any:
+        """What all ranks' rows read."""
+        return gather_rows(reps, counts, self.world)
+
+    def _summed(self, own: HeadResult, reps: Any, counts: Sequence[int]) -> HeadResult:
+        """The whole result of this rank's `reps`, from that of its labels on all rows."""
+        return own.summed(counts, self.world)
+
     @property
     def moments(self) -> ClassifierState:
         """The optimizer's state, made at first use: a head that only predicts holds none."""
@@ -128,7 +154,8 @@ class ClassifierHead(nn.Module):
 
     @property
     def num_labels(self) -> int:
-        return self.layer.out_features
+        """On all ranks."""
+        return self.shard.num_labels
 
     @torch.no_grad()
     def loss_and_grad(
@@ -142,8 +169,31 @@ class ClassifierHead(nn.Module):
     ) -> HeadResult:
         """`weight` times the loss summed over labels, mean over `num_rows`; updates the layer.
 
-        Raises ValueError on representations that are not finite.
+        One all-gather of [B, D] and of the labels, one reduce-scatter of [B, D]. Raises ValueError
+        on representations that are not finite.
         """
+        counts = counts_of(len(reps), self.world)
+        own = self.own_loss_and_grad(
+            self._gather(reps, counts),
+            gather_labels(labels, counts, self.world),
+            num_rows=num_rows,
+            update=update,
+            weight=weight,
+        )
+        return self._summed(own, reps, counts)
+
+    @torch.no_grad()
+    def own_loss_and_grad(
+        self,
+        reps: Tensor,  # [B, D], the rows of all ranks
+        labels: SparseLabels,  # of the same rows
+        *,
+        num_rows: int | None = None,
+        update: bool = True,
+        weight: float = 1.0,
+    ) -> HeadResult:
+        """`loss_and_grad` of this rank's labels alone, whose sum over ranks is the whole."""
+        labels = self._own(labels)
         x, index = self._read(reps)
         loss, d_reps = classifier_step_(
             x,
@@ -172,23 +222,40 @@ class ClassifierHead(nn.Module):
         k: int,
         exclude: SparseLabels | None = None,  # labels never returned for a row
     ) -> TopK:
-        """The k best labels of each row, streamed over label tiles."""
+        """The k best labels of each row, streamed over label tiles; rows are the same on all ranks.
+
+        One all-gather of [B, k].
+        """
         pairs = None if exclude is None else (exclude.indptr, exclude.indices)
         x, index = self._read(reps)
         scores, labels = fan_in_topk(
             *(x, self.layer.weight, index, self.layer.bias, k),
             **self._storage,
             exclude=pairs,
+            label_offset=self.shard.start,
         )
-        return TopK(scores, labels)
+        return merge_topk(TopK(scores, labels), self.world)
 
     def candidate_scores(
         self,
         reps: Tensor,  # [B, D]
         labels: Tensor,  # [B, C] int64, -1 for padding
     ) -> Tensor:  # [B, C] float32
-        """The exact scores of chosen labels, see `xmc.heads.candidates`."""
-        return candidate_scores(self.layer, reps, labels)
+        """The exact scores of chosen labels, see `xmc.heads.candidates`; one all-reduce of them."""
+        return self._candidate_scores(reps, labels)
+
+    def _candidate_scores(
+        self,
+        reps: Tensor,
+        labels: Tensor,
+        columns: Tensor | None = None,  # see `xmc.heads.candidates`
+    ) -> Tensor:
+        check_label_range(labels[labels >= 0], self.num_labels)
+        mine = (labels >= self.shard.start) & (labels < self.shard.stop)
+        own = torch.where(mine, labels - self.shard.start, -1)
+        scores = candidate_scores(self.layer, reps, own, columns=columns)
+        total = sum_(scores.masked_fill(~mine, 0), self.world)
+        return total.masked_fill(labels < 0, -torch.inf)
 
     @torch.no_grad()
     def rewire_(
@@ -198,7 +265,7 @@ class ClassifierHead(nn.Module):
         seed: int,
         step: int,
         progress: float = 0.0,
-        reps: Tensor | None = None,  # [B, D], all rows of the step just taken
+        reps: Tensor | None = None,  # [B, D], this rank's rows of the step just taken
         labels: SparseLabels | None = None,  # of the same B rows
         ages: SlotAges | None = None,
     ) -> RewireReport:
@@ -206,6 +273,8 @@ class ClassifierHead(nn.Module):
 
         `progress` is the share of the rewiring period that has passed, for annealing. RigL needs
         `reps` and `labels`: its gradient is that of their mean loss at the present weights.
+        The pattern does not depend on the number of ranks, but for RigL in ties that rounding
+        breaks. With RigL one all-gather of [B, D] and of the labels; always one of the report.
 
         Raises ValueError for a dense head, for RigL without rows, and between the passes of an
         accumulated step.
@@ -220,9 +289,10 @@ class ClassifierHead(nn.Module):
         if config.method == "rigl":
             if reps is None or labels is None:
                 raise ValueError("rewire.method: rigl needs the representations and labels of rows")
+            counts = counts_of(len(reps), self.world)
             growth = growth_scores(
-                reps,
-                labels,
+                gather_rows(reps, counts, self.world),
+                self._own(gather_labels(labels, counts, self.world)),
                 self.layer.weight,
                 self.layer.index,
                 self.layer.bias,
@@ -230,7 +300,8 @@ class ClassifierHead(nn.Module):
                 **self._objective,
             )
         moments = [m for m in (self.moments.weight_m, self.moments.weight_v) if m is not None]
-        return rewire_(
+        shard = self.shard
+        report = rewire_(
             self.layer.weight,
             self.layer.index,
             self.layer.in_features,
@@ -243,39 +314,55 @@ class ClassifierHead(nn.Module):
             init=config.init,
             moments=moments,
             keep_moments=config.moments == "keep",
+            row_offset=shard.start // self.layer.group_size,
             ages=ages,
         )
+        num_slots = shard.num_labels // self.layer.group_size * self.layer.fan_in
+        return report.of_all(self.world, first_label=shard.start, num_slots=num_slots)
+
+    def slot_ages(self) -> SlotAges | None:
+        """What `rewire_` follows as `ages`, of the labels on this rank; None for a dense head."""
+        layer = self.layer
+        if not isinstance(layer, FixedFanInLinear):
+            return None
+        rows = self._rows.per(layer.group_size)
+        device = layer.weight.device
+        return SlotAges(rows.total, layer.fan_in, device=device, world=self.world, shard=rows)
 
     def training_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors, by name; the same storage, so that they can be loaded into."""
         named = {name: getattr(self.moments, name) for name in _MOMENTS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def row_shards(self) -> dict[str, RowShard]:
+        """Of the tensors, by their names in `state_dict` and `training_state`, which rows are here.
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float8": torch.float8_e4m3fn,
-}
+        Empty where all are. A name may be of a tensor that this head does not have.
+        """
+        if self.world.size == 1:
+            return {}
+        layer = self.layer
+        group = layer.group_size if isinstance(layer, FixedFanInLinear) else 1
+        names = ("layer.weight", "layer.bias", "layer.weight_scale", *_MOMENTS)
+        return dict.fromkeys(names, self._rows) | {"layer.index": self._rows.per(group)}
+
+    @property
+    def _rows(self) -> RowShard:
+        """The shard as rows of the layer's tensors."""
+        return RowShard(self.shard.start, self.shard.stop, self.shard.num_labels)
+
+    def _own(self, labels: SparseLabels) -> SparseLabels:
+        """Those of the shard, counted from its first; ValueError where one is out of range."""
+        if len(self.shard) < self.num_labels:  # the operations know only the shard's
+            check_label_range(labels.indices, self.num_labels)
+        return labels.within(self.shard)
 
 
-def starting_bias(
-    bias: Tensor | None,  # [L]
-    config: HeadConfig,
-    label_shares: Tensor | None,  # [L]
-) -> nn.Parameter:  # [L] float32
-    """Zeros, or the logits of the shares: one a label, not worth the rounding of weights."""
-    assert bias is not None
-    start = torch.zeros_like(bias, dtype=torch.float32)
-    if config.bias_init == "log_prior" and label_shares is not None:
-        start.copy_(torch.logit(label_shares.double(), eps=1e-7))
-    return nn.Parameter(start)
-
-
-def _checked(positive_weight: Tensor | None, num_labels: int) -> Tensor | None:
-    """As float32; ValueError unless there is a finite weight of at least 0 for each label."""
+def _checked(positive_weight: Tensor | None, shard: LabelShard) -> Tensor | None:
+    """The shard's as float32; ValueError unless all labels have a finite one of at least 0."""
     if positive_weight is None:
         return None
+    num_labels = shard.num_labels
     if list(positive_weight.shape) != [num_labels]:
         raise ValueError(
             f"expected positive_weight of shape [{num_labels}], got {list(positive_weight.shape)}"
@@ -287,15 +374,7 @@ def _checked(positive_weight: Tensor | None, num_labels: int) -> Tensor | None:
             f"expected finite positive weights of at least 0, "
             f"got {positive_weight[label].item()} for label {label}"
         )
-    return positive_weight.float()
-
-
-def _pattern(text: str) -> tuple[int, int] | None:
-    """(n, m) from "n:m"."""
-    if not text:
-        return None
-    n, m = text.split(":")
-    return int(n), int(m)
+    return positive_weight[shard.start : shard.stop].float()
 
 
 _MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v", "weight_m_scale", "weight_v_scale")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from xmc.distributed.collectives import World, scatter_sum, sum_
 from xmc.types import SparseLabels
 
 
@@ -25,9 +27,21 @@ class HeadResult:
         """The result of the sum of two losses on the same rows."""
         return HeadResult(self.loss + other.loss, self.d_reps + other.d_reps)
 
+    def summed(self, counts: Sequence[int], world: World) -> HeadResult:
+        """From results of each rank's labels on the rows of all, the whole of this rank's rows.
+
+        `counts` are the rows of every rank. Sends the loss, and to each rank
+        the d_reps of its rows.
+        """
+        return HeadResult(sum_(self.loss, world), scatter_sum(self.d_reps, counts, world))
+
 
 class Head(Protocol):
-    """Loss and gradient of a batch of representations; the head's own weights are its business."""
+    """Loss and gradient of a batch of representations; the head's own weights are its business.
+
+    On several ranks each brings rows of its own, perhaps none, and all call together: the loss is
+    that of all rows, the gradient that of the caller's.
+    """
 
     def loss_and_grad(
         self,
@@ -41,7 +55,8 @@ class Head(Protocol):
         """Return the loss and `d_reps` of these rows.
 
         Args:
-            num_rows: rows of the whole optimizer step, over which the mean is taken (default: B).
+            num_rows: rows of the whole optimizer step, on all ranks, over which the mean is taken
+                (default: those of this call).
             update: False keeps the gradient of the head's weights for a later call of the same
                 step; True applies it together with what was kept.
             weight: factor of the loss, and so of every gradient, that of the head's own weights

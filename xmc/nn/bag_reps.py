@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from xmc.distributed.collectives import World, counts_of, gather_rows
 from xmc.types import Bag, BagReps
 
 
@@ -31,3 +34,31 @@ def join_bag(
     lengths = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     values[rows, columns] = (scale * bag.weights.float() / lengths[rows]).to(reps.dtype)
     return BagReps(torch.cat([reps, values], 1), active)
+
+
+def gather_bag_reps(
+    reps: BagReps,  # B_r rows
+    num_reps: int,  # D
+    counts: Sequence[int],  # [N], rows of every rank
+    world: World,
+    *,
+    least: int = 0,
+) -> BagReps:
+    """The rows of all ranks, in order of rank, with the features that occur in any of them.
+
+    `least` as in `join_bag`. Sends the representations [B_r, D] to each other rank, and row,
+    feature and weight of what is not 0 in the bags.
+    """
+    if world.size == 1:
+        return reps
+    dense = gather_rows(reps.values[:, :num_reps].contiguous(), counts, world)
+    features = reps.values[:, num_reps : num_reps + len(reps.active)]
+    rows, columns = features.nonzero(as_tuple=True)
+    sizes = counts_of(len(rows), world)
+    weights = gather_rows(features[rows, columns], sizes, world)
+    ids = gather_rows(reps.active[columns], sizes, world)
+    rows = gather_rows(rows + sum(counts[: world.rank]), sizes, world)
+    active = gather_rows(reps.active, counts_of(len(reps.active), world), world).unique()
+    values = dense.new_zeros(len(dense), max(len(active) + 1, least - num_reps))
+    values[rows, torch.searchsorted(active, ids)] = weights
+    return BagReps(torch.cat([dense, values], 1), active)

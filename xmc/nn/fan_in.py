@@ -9,8 +9,15 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
+from xmc.distributed.sharding import RowShard
 from xmc.nn.matrix import FixedFanIn, check_sizes
-from xmc.nn.pattern import draw_index_, draw_pattern_, index_columns, index_dtype
+from xmc.nn.pattern import (
+    draw_index_,
+    draw_pattern_,
+    draw_uniform_,
+    index_columns,
+    index_dtype,
+)
 from xmc_kernels import float8
 from xmc_kernels.checks import validate_index
 from xmc_kernels.fan_in import fan_in_linear
@@ -39,6 +46,9 @@ class FixedFanInLinear(nn.Module):
     made, and again each forward like any buffer; `broadcast_buffers=False` saves that traffic
     where no process rewires, or all rewire with the same seed and step.
 
+    `rows` says of how many outputs, on all ranks, these `out_features` are: see
+    `reset_parameters`.
+
     Raises ValueError for sizes that are not positive, fan_in > in_features, a group_size that does
     not divide out_features and a pattern that does not make this fan-in.
     """
@@ -66,6 +76,7 @@ class FixedFanInLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rows: RowShard | None = None,
     ) -> None:
         super().__init__()
         check_sizes(in_features, out_features, fan_in, group_size, pattern)
@@ -87,7 +98,7 @@ class FixedFanInLinear(nn.Module):
         shape = (out_features // group_size, index_columns(fan_in, in_features, pattern))
         index_bytes = torch.empty(shape, dtype=torch.uint8, device=device)
         self.register_buffer("index_bytes", index_bytes)
-        self.reset_parameters()
+        self.reset_parameters(rows)
 
     @property
     def index(self) -> Tensor:
@@ -112,30 +123,39 @@ class FixedFanInLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, rows: RowShard | None = None) -> None:
         """Draw a new pattern, weights U(-1/sqrt(F), 1/sqrt(F)) and bias 0.
 
         The pattern is drawn from torch's global CPU generator whatever the device, F distinct
-        inputs per row, every subset equally likely.
+        inputs per row, every subset equally likely. Where the outputs are `rows` of those of a
+        larger layer, they get what that one would draw for them on the CPU.
         """
-        if not self.index_bytes.is_meta:
-            if self.pattern is None:
-                draw_index_(self.index, self.in_features)
-            else:
-                draw_pattern_(self.index, self.in_features, self.pattern)
-        bound = 1 / math.sqrt(self.fan_in)
-        if self.weight_scale is None:
-            nn.init.uniform_(self.weight, -bound, bound)
-        elif not self.weight.is_meta:
-            step = max(1, _TILE // self.fan_in)
-            for weight, scale in zip(
-                self.weight.split(step), self.weight_scale.split(step), strict=True
-            ):
-                drawn = torch.empty(weight.shape, device=weight.device).uniform_(-bound, bound)
-                scale.copy_(float8.row_scale(drawn))
-                weight.copy_(float8.quantize(drawn, scale))
+        rows = rows or RowShard.whole(self.out_features)
+        if len(rows) != self.out_features:
+            raise ValueError(f"expected a shard of {self.out_features} outputs, got {rows}")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.index_bytes.is_meta:
+            return
+        shared = rows.per(self.group_size)
+        if self.pattern is None:
+            draw_index_(self.index, self.in_features, shared)
+        else:
+            draw_pattern_(self.index, self.in_features, self.pattern, shared)
+        bound = 1 / math.sqrt(self.fan_in)
+        if self.weight_scale is None:
+            draw_uniform_(self.weight, bound, rows)
+            return
+        step = max(1, _TILE // self.fan_in)
+        for start in range(0, rows.total, step):
+            shape = (min(step, rows.total - start), self.fan_in)
+            drawn = torch.empty(shape, device=self.weight.device).uniform_(-bound, bound)
+            first, last = rows.within(start, start + len(drawn))
+            if first < last:
+                drawn = drawn[first - start : last - start]
+                own = slice(first - rows.start, last - rows.start)
+                self.weight_scale[own] = float8.row_scale(drawn)
+                self.weight[own] = float8.quantize(drawn, self.weight_scale[own])
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., L]
         if x.dim() == 0 or x.shape[-1] != self.in_features:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from xmc.distributed.collectives import World, counts_of, gather_rows, sum_
 from xmc.nn.prune import lost_slots, magnitude, most_lost
 from xmc.nn.regrow import grow_at_random, grow_by_score
 from xmc.nn.slot_age import AgeReport, SlotAges
@@ -43,6 +44,16 @@ class RewireReport:
     until a new input has learnt."""
     ages: AgeReport | None = None
     """How long inputs have stayed, where ages were given."""
+
+    def of_all(self, world: World, *, first_label: int, num_slots: int) -> RewireReport:
+        """Of all ranks' shards, from that of one whose labels begin at `first_label`.
+
+        `num_slots` are those of all. Sends a few numbers and the dead labels.
+        """
+        pruned = int(sum_(torch.tensor(self.pruned), world))
+        counts = counts_of(len(self.dead_labels), world)
+        dead = gather_rows(self.dead_labels + first_label, counts, world)
+        return replace(self, pruned=pruned, churn=pruned / num_slots, dead_labels=dead)
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain numbers for a log; labels as their count."""
