@@ -358,6 +358,12 @@ class TrainConfig:
     """Examples scored at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks (torchrun) hold a transformer. ddp: each has all of it; fsdp: each has a
+    part of its weights and moments, gathered layer by layer. Of a classifier each always has a part
+    of the labels."""
+    async_checkpoint: bool = False
+    """Go on training while a checkpoint is written, from a copy in host memory."""
     label_embeddings: str = ""
     """Run or model of a dual encoder of the same labels. Where labels are clustered (auxiliary.kind
     and head.order), it is by its embeddings of their texts instead of by their training rows."""
@@ -406,6 +412,11 @@ class Config:
             for key, default in _TRANSFORMER_ONLY.items():
                 if (value := getattr(self.encoder, key)) != default:
                     raise ValueError(f"encoder.{key}: a bag encoder has no layers, got {value}")
+            if self.train.data_parallel != "ddp":
+                raise ValueError(
+                    "train.data_parallel: a bag encoder is whole on every rank, expected "
+                    f'"ddp", got "{self.train.data_parallel}"'
+                )
             for key in ("max_tokens", "length_pool"):
                 if value := getattr(self.train, key):
                     raise ValueError(f"train.{key}: a bag encoder pads nothing, got {value}")
@@ -414,6 +425,8 @@ class Config:
                 f"train.max_tokens: expected at least features.max_length = "
                 f"{self.features.max_length}, got {self.train.max_tokens}"
             )
+        if self.train.data_parallel == "fsdp":
+            _check_fully_sharded(self)
         if self.encoder.activation != "none" and not self.encoder.intermediate:
             raise ValueError(
                 f'encoder.activation: "{self.encoder.activation}" needs encoder.intermediate, got 0'
@@ -469,6 +482,20 @@ class Config:
                 "train.label_embeddings: expected labels to be clustered by them "
                 "(auxiliary.kind or head.order), got neither"
             )
+
+
+def _check_fully_sharded(config: Config) -> None:
+    """What a transformer whose weights are in parts does not know."""
+    for key, plain in {"lora_rank": 0, "compile": False}.items():
+        if (value := getattr(config.encoder, key)) != plain:
+            raise ValueError(
+                f'encoder.{key}: expected {plain!r} with data_parallel = "fsdp", got {value!r}'
+            )
+    if config.encoder.autocast == "float16":
+        raise ValueError(
+            'encoder.autocast: expected "bfloat16" or "none" with data_parallel = "fsdp", '
+            'got "float16"'
+        )
 
 
 def _check_contrastive(config: Config) -> None:

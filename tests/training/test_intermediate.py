@@ -15,10 +15,11 @@ from xmc.data.batches import epoch_batches, epoch_order
 from xmc.heads.head import HeadResult
 from xmc.model import build_model, load_model, save_model
 from xmc.training.auxiliary import make_auxiliary
+from xmc.training.backward import backward, pulled_back
 from xmc.training.clusters import find_clusters
 from xmc.training.loop import TrainingLoop
 from xmc.training.run import prepare_data
-from xmc.training.trainer import Trainer, backward, pulled_back
+from xmc.training.trainer import Trainer
 
 D, P, L = 24, 40, 30
 

@@ -140,6 +140,29 @@ def agreed(value: Any, world: World) -> Any:
     return json.loads(bytes(text.tolist()))
 
 
+def gather_values(value: Any, world: World) -> list[Any]:
+    """Every rank's value, plain enough for JSON, in order of rank. Sends it to each other rank."""
+    if world.size == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+    counts = counts_of(len(text), world)
+    texts = gather_rows(text, counts, world).split(counts)
+    return [json.loads(bytes(text.tolist())) for text in texts]
+
+
+def agreed_tensor(x: Tensor | None, world: World) -> Tensor:
+    """Rank 0's tensor of the CPU on all ranks; what the others give is not read. Sends it once."""
+    if world.size == 1:
+        assert x is not None
+        return x
+    shape, name = agreed(None if x is None else [list(x.shape), str(x.dtype)], world)
+    if world.rank != 0:
+        x = torch.empty(shape, dtype=getattr(torch, name.removeprefix("torch.")))
+    assert x is not None
+    dist.broadcast(x, group_src=0, group=world.group)
+    return x
+
+
 def _all_gather(out: Tensor, x: Tensor, group: Any) -> None:
     # torch 2.13 gave it another name and warns at the old one.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

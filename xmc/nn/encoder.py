@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from xmc.nn.dropout import RowDropout
 from xmc.types import Bag
 from xmc_kernels.bag_sum import bag_sum
 
@@ -40,7 +41,7 @@ class BagEncoder(nn.Module):
             _weight=torch.empty(num_features, dim),
         )
         self.bias = nn.Parameter(torch.empty(dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
         self.reset_parameters()
 
     @property

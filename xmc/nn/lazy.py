@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from xmc.distributed.data_parallel import own_part
 from xmc_kernels.lazy_adamw import lazy_adamw_
 
 
@@ -18,7 +19,8 @@ class LazyAdamW(torch.optim.Optimizer):
     Of a sparse gradient only the stored rows are updated: moments and decay of the others stand
     still until a batch touches them again, so the cost of a step does not grow with the table.
     The bias correction counts the steps of the parameter, not those of a row. With a gradient
-    that touches every row at every step, and for dense gradients, it equals AdamW.
+    that touches every row at every step, and for dense gradients, it equals AdamW. Of a parameter
+    that ranks share (FSDP) each has the moments of its part.
 
     Raises ValueError for hyper-parameters out of range and for a sparse gradient that is not
     sparse in its rows alone.
@@ -53,7 +55,7 @@ class LazyAdamW(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     _step_rows(parameter, parameter.grad, state, group)
                 else:
-                    dense.append((parameter, parameter.grad, state))
+                    dense.append((own_part(parameter), own_part(parameter.grad), state))
             _step_dense(dense, group)
         return loss
 
@@ -62,8 +64,8 @@ class LazyAdamW(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(own_part(parameter))
+            state["exp_avg_sq"] = torch.zeros_like(own_part(parameter))
         return state
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmc.config import Config
 from xmc.data.batches import Dataset
+from xmc.distributed.collectives import World, sum_
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.head import HeadResult
 from xmc.nn.clusters import Clusters
@@ -71,12 +72,16 @@ class PartMeter:
             self._losses[part] += float(result.loss)
             self._squares[part] += float(result.d_reps.float().square().sum())
 
-    def values(self) -> dict[str, float]:
-        """Losses without their weights; norms of d_reps with them, as the encoder sees them."""
+    def values(self, world: World = World.alone()) -> dict[str, float]:
+        """Losses without their weights; norms of d_reps with them, as the encoder sees them.
+
+        Of the rows of all ranks: sends two numbers.
+        """
+        squares = sum_(torch.tensor(self._squares, dtype=torch.float64), world).tolist()
         return {
             "auxiliary_share": self._share,
             "main_loss": self._losses[0] / (1 - self._share),
             "auxiliary_loss": self._losses[1] / self._share,
-            "main_reps_grad_norm": math.sqrt(self._squares[0]),
-            "auxiliary_reps_grad_norm": math.sqrt(self._squares[1]),
+            "main_reps_grad_norm": math.sqrt(squares[0]),
+            "auxiliary_reps_grad_norm": math.sqrt(squares[1]),
         }

@@ -13,6 +13,7 @@ from xmc.config import Config
 from xmc.data.batches import Dataset
 from xmc.data.label_store import LabelTexts
 from xmc.data.pairs import Pairs, epoch_pairs, trainable_labels
+from xmc.distributed.sharding import RowShard
 from xmc.losses import info_nce
 from xmc.model import XMCModel
 from xmc.nn.lazy import LazyAdamW
@@ -138,6 +139,10 @@ class DualTrainer:
         if self.mined is not None:
             tensors["negatives.mined"] = self.mined
         return tensors
+
+    def row_shards(self) -> dict[str, RowShard]:
+        """None: a dual encoder is trained by one process."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Nothing that is not in `tensors`."""

@@ -9,25 +9,34 @@ from typing import Any
 
 
 class RunLog:
-    """Appends events; a resumed run forgets what was written after its checkpoint."""
+    """Appends events; a resumed run forgets what was written after its checkpoint.
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(keep_bytes)
+    Without a path it keeps nothing, which is the log of all ranks but the first.
+    """
+
+    def __init__(self, path: Path | None, keep_bytes: int = 0) -> None:
+        self._file = None if path is None else path.open("ab")
+        if self._file is not None:
+            self._file.truncate(keep_bytes)
 
     def write(self, event: str, **values: Any) -> None:
+        if self._file is None:
+            return
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> int:
         """Force the log to disk and return its length in bytes."""
+        if self._file is None:
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

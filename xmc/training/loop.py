@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from xmc.config import TrainConfig
+from xmc.distributed.collectives import World, agreed, sum_
+from xmc.distributed.data_parallel import own_rows
+from xmc.distributed.sharding import RowShard
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
 from xmc.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -22,6 +25,7 @@ from xmc.training.log import RunLog
 from xmc.training.progress import Track, TrainingProgress
 
 _LOG_EVERY = 20  # optimizer steps per log line
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask for a checkpoint and the end
 
 
 class Interrupted(Exception):  # noqa: N818 - a request of the user, not an error
@@ -80,8 +84,12 @@ class Task(Protocol):
         """Everything that training changes, by name."""
         ...
 
+    def row_shards(self) -> dict[str, RowShard]:
+        """Which rows this rank has of those of `tensors()` that are only a part here."""
+        ...
+
     def state(self) -> dict[str, Any]:
-        """Counters and the like, for JSON."""
+        """Counters and the like, for JSON; the same on every rank."""
         ...
 
     def restore_(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -94,10 +102,19 @@ class TrainingLoop:
 
     Everything that decides the result is in the checkpoint, so an interrupted and resumed run ends
     with the same bits as an uninterrupted one (same machine, same number of threads).
+
+    All ranks of a world run it together: the first keeps log and progress, and what is decided
+    between two steps is decided for all. Each sends two integers a step beside what the task does.
     """
 
     def __init__(
-        self, task: Task, options: TrainConfig, run: Path, *, show_progress: bool = True
+        self,
+        task: Task,
+        options: TrainConfig,
+        run: Path,
+        *,
+        show_progress: bool = True,
+        world: World = World.alone(),
     ) -> None:
         self.task = task
         self.options = options
@@ -106,14 +123,16 @@ class TrainingLoop:
         self.bad_epochs = 0
         self.stopped_early = False
         self.seconds = 0.0  # spent training, earlier sessions of the run included
-        self._show_progress = show_progress
+        self.world = world
+        self._leads = world.rank == 0
+        self._show_progress = show_progress and self._leads
         self._signalled: signal.Signals | None = None
 
     def fit(self, *, resume: bool = False) -> None:
         """Train to the end. Raises Interrupted, after a checkpoint, on SIGINT or SIGTERM."""
         task = self.task
         log_bytes = self._restore() if resume else 0
-        log = RunLog(self.run / "log.jsonl", log_bytes)
+        log = RunLog(self.run / "log.jsonl" if self._leads else None, log_bytes)
         try:
             with (
                 TrainingProgress(task.total_steps, task.step, self._show_progress) as progress,
@@ -153,9 +172,10 @@ class TrainingLoop:
                 self._checkpoint(log)
             elif task.step % self.options.checkpoint_every == 0:
                 self._checkpoint(log)
-            if self._signalled is not None and task.step < task.total_steps:
+            signalled = self._signalled_anywhere()
+            if signalled is not None and task.step < task.total_steps:
                 self._checkpoint(log)
-                raise Interrupted(f"stopped by {self._signalled.name} after step {task.step}")
+                raise Interrupted(f"stopped by {signalled.name} after step {task.step}")
 
     def _logs(self, step: int) -> bool:
         return step % _LOG_EVERY == 0 or step == self.task.total_steps
@@ -164,7 +184,7 @@ class TrainingLoop:
         """Validate, keep the weights if they are the best so far, decide on stopping."""
         task, options = self.task, self.options
         started = time.perf_counter()
-        values = task.validate()
+        values = agreed(task.validate(), self.world)
         if values is None:
             self.best = {"epoch": epoch + 1}
             save_weights(task.model, self.run / "model")
@@ -176,7 +196,8 @@ class TrainingLoop:
             seconds=round(time.perf_counter() - started, 3),
             **values,
         )
-        progress.validation(epoch + 1, values)
+        if self._leads:
+            progress.validation(epoch + 1, values)
         if values[options.select_by] > self.best.get(options.select_by, -1.0):
             self.best = {"epoch": epoch + 1, **values}
             self.bad_epochs = 0
@@ -208,16 +229,36 @@ class TrainingLoop:
             "seconds": self.seconds,
             "log_bytes": log.sync(),
         }
-        save_checkpoint(self.run / "checkpoints", step=task.step, tensors=tensors, state=state)
+        shards = self._row_shards()
+        save_checkpoint(
+            self.run / "checkpoints",
+            step=task.step,
+            tensors=tensors,
+            state=state,
+            world=self.world,
+            row_shards={name: rows for name, rows in shards.items() if name in tensors},
+        )
+
+    def _row_shards(self) -> dict[str, RowShard]:
+        """Of the task's tensors, and of the moments of parameters that ranks share."""
+        shards = self.task.row_shards()
+        groups = self.task.optimizer.param_groups
+        for slot, parameter in enumerate(p for group in groups for p in group["params"]):
+            if (rows := own_rows(parameter)) is not None:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    shards[f"optimizer.{slot}.{name}"] = rows
+        return shards
 
     @torch.no_grad()
     def _restore(self) -> int:
         """Load the newest checkpoint, if there is one; returns the log's length at that time."""
-        path = latest_checkpoint(self.run / "checkpoints")
-        if path is None:
+        folder = self.run / "checkpoints"
+        latest = latest_checkpoint(folder)
+        newest = agreed(None if latest is None else latest.name, self.world)
+        if newest is None:
             return 0
-        task = self.task
-        tensors, state = load_checkpoint(path)
+        path, task = folder / newest, self.task
+        tensors, state = load_checkpoint(path, world=self.world, row_shards=self._row_shards())
         task.restore_(tensors, state)
         slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
         for name, tensor in tensors.items():
@@ -236,6 +277,12 @@ class TrainingLoop:
         self.seconds = state["seconds"]
         return int(state["log_bytes"])
 
+    def _signalled_anywhere(self) -> signal.Signals | None:
+        """The signal that a rank noted, if any did: torchrun may reach them in different steps."""
+        noted = torch.tensor([int(self._signalled is number) for number in _SIGNALS])
+        counts = sum_(noted, self.world).tolist()
+        return next((s for s, count in zip(_SIGNALS, counts, strict=True) if count), None)
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Note SIGINT and SIGTERM; a second SIGINT stops at once without a checkpoint."""
@@ -245,7 +292,7 @@ class TrainingLoop:
                 raise KeyboardInterrupt
             self._signalled = signal.Signals(number)
 
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, note) for number in _SIGNALS}
         try:
             yield
         finally:

@@ -22,6 +22,8 @@ from xmc.data.formats import has_split, read_labels
 from xmc.data.label_features import label_features
 from xmc.data.label_store import load_label_texts
 from xmc.data.label_texts import with_label_texts
+from xmc.distributed.collectives import World, agreed, agreed_tensor
+from xmc.distributed.launch import join_ranks, local_device, lost_ranks, on_rank0, rank0_first
 from xmc.evaluation.propensity import Propensity
 from xmc.files import check_free, write_json
 from xmc.heads.bag import BagClassifierHead
@@ -50,6 +52,9 @@ def train(
 ) -> XMCModel:
     """Train a recipe on a data folder and return the model of the best epoch.
 
+    Every process that torchrun starts calls this alike, and they train together: each has a part of
+    the classifier (in the model that is returned, too) and takes a share of every batch.
+
     Args:
         recipe: path of a TOML file, name of a shipped recipe, or a `Config`.
         data: canonical data folder (`trn`, optional `val`, `lbl`).
@@ -62,36 +67,45 @@ def train(
         ConfigError, DataError, CheckpointError: bad recipe, data or checkpoint, in one line.
         FileExistsError: `out` holds something and `resume` is False.
         Interrupted: stopped by a signal; a checkpoint was written.
+        RankError: another rank has ended or does not answer.
     """
-    config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
     data, out = Path(data), Path(out)
-    if resume:
-        _check_same_run(out, config)
-    else:
-        _check_free(out)
-    device = _device(config.train.device)
-    features, train_set, validation_set = prepare_data(config, data, cache)
-    labels = read_labels(data)
-    setup = _Setup(config, data, features, labels, train_set, validation_set, device, cache)
-    record = _record(config, data, train_set, validation_set)
-    if resume:
-        _check_same_data(out, record)
-    clusters = load_clusters(config, out) if resume else find_clusters(config, train_set, labels)
-    torch.manual_seed(config.train.seed)
-    trainer: Trainer | DualTrainer
-    if config.train.objective == "contrastive":
-        trainer, more = _dual_trainer(setup)
-    else:
-        trainer, more = _classifier_trainer(setup, clusters)
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        if clusters is not None:
-            clusters.save(out / CLUSTERS_FILE)
-        save_model(trainer.model, out / "model")
-        write_json(out / "run.json", record | more)
-    TrainingLoop(trainer, config.train, out, show_progress=show_progress).fit(resume=resume)
-    del trainer  # with model and moments, before the best epoch is loaded
-    return load_model(out / "model")
+    world = join_ranks()
+    with lost_ranks(world):
+
+        def checked_recipe() -> Config:
+            config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
+            _check_ranks(config, world)
+            return config
+
+        config = rank0_first(checked_recipe, world)
+        on_rank0(lambda: _check_same_run(out, config) if resume else _check_free(out), world)
+        device = _device(config.train.device)
+        features, train_set, validation_set = rank0_first(
+            lambda: prepare_data(config, data, cache), world
+        )
+        labels = read_labels(data)
+        setup = _Setup(
+            config, data, features, labels, train_set, validation_set, device, cache, world
+        )
+        record = _record(config, data, train_set, validation_set)
+        if resume:
+            on_rank0(lambda: _check_same_data(out, record), world)
+        clusters = load_clusters(config, out) if resume else _found_clusters(setup)
+        torch.manual_seed(config.train.seed)
+        trainer: Trainer | DualTrainer
+        if config.train.objective == "contrastive":
+            trainer, more = _dual_trainer(setup)
+        else:
+            trainer, more = _classifier_trainer(setup, clusters)
+        if not resume:
+            on_rank0(lambda: _start_run(out, clusters), world)
+            save_model(trainer.model, out / "model")
+            on_rank0(lambda: write_json(out / "run.json", record | more), world)
+        loop = TrainingLoop(trainer, config.train, out, show_progress=show_progress, world=world)
+        loop.fit(resume=resume)
+        del trainer, loop  # with model and moments, before the best epoch is loaded
+        return load_model(out / "model")
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,27 @@ class _Setup:
     validation_set: Dataset | None
     device: torch.device
     cache: str | Path | None
+    world: World
+
+
+def _start_run(out: Path, clusters: Clusters | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if clusters is not None:
+        clusters.save(out / CLUSTERS_FILE)
+
+
+def _found_clusters(setup: _Setup) -> Clusters | None:
+    """Rank 0's, on every rank: k-means need not round alike on all machines."""
+    world = setup.world
+    found = on_rank0(lambda: find_clusters(setup.config, setup.train_set, setup.labels), world)
+    if world.size == 1:
+        return found
+    both = None if found is None else torch.stack([found.assignment.long(), found.order])
+    count = agreed(None if found is None else found.num_clusters, world)
+    if count is None:
+        return None
+    assignment, order = agreed_tensor(both, world)
+    return Clusters(assignment.int(), count, order)
 
 
 def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Trainer, dict[str, Any]]:
@@ -126,6 +161,7 @@ def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Train
             clusters=clusters,
             seed=config.train.seed,
         ),
+        world=setup.world,
     ).to(setup.device)
     if isinstance(model.head, BagClassifierHead):
         options = config.head
@@ -186,7 +222,23 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: cuda was asked for and torch sees none")
-    return torch.device(name)
+    return local_device(name)
+
+
+def _check_ranks(config: Config, world: World) -> None:
+    """Raise ConfigError for what several ranks cannot do yet."""
+    if world.size == 1:
+        return
+    if config.train.objective == "contrastive":
+        raise ConfigError(
+            'train.objective: "contrastive" trains in one process yet, '
+            f"got {world.size} ranks (torchrun)"
+        )
+    if config.train.memory_limit:
+        raise ConfigError(
+            "train.memory_limit: finds passes for one process yet, "
+            f"got {world.size} ranks (torchrun); give train.micro_batch instead"
+        )
 
 
 def _record(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmc.config import Config
 from xmc.data.batches import BagStore, Dataset
 from xmc.data.steps import epoch_steps
+from xmc.distributed.data_parallel import own_part, own_rows
+from xmc.distributed.sharding import RowShard
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.classifier import ClassifierHead
-from xmc.heads.head import Head, HeadResult
+from xmc.heads.head import Head
 from xmc.model import XMCModel
-from xmc.nn.fan_in import FixedFanInLinear
 from xmc.nn.rewire_schedule import is_due, rewire_progress
-from xmc.nn.slot_age import SlotAges
 from xmc.training.auxiliary import PartMeter, auxiliary_share
+from xmc.training.backward import backward, pulled_back
 from xmc.training.byte_meter import is_out_of_memory
 from xmc.training.checkpoint import load_into
 from xmc.training.encoder_optimizer import (
@@ -35,6 +34,7 @@ from xmc.training.loop import StepReport, TrainingError
 from xmc.training.passes import FittingPasses, make_passes
 from xmc.training.progress import Track, untracked
 from xmc.training.replay import random_states, set_random_states_
+from xmc.training.replica import Replica
 from xmc.training.schedule import lr_factor
 from xmc.training.validation import validation_scores
 from xmc.types import BagReps, Batch
@@ -61,6 +61,7 @@ class Trainer:
         self.train_set = train_set
         self.validation_set = validation_set
         self.device = next(model.encoder.parameters()).device
+        self.replica = Replica(model, config)
         self.optimizer = make_encoder_optimizer(model.body, config)
         self.scaler = make_scaler(config, self.optimizer, self.device)
         self.overflows = 0  # steps that the encoder skipped, float16 only
@@ -73,7 +74,7 @@ class Trainer:
         self.auxiliary_steps = config.auxiliary.cutoff_epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps taken
         self.track: Track = untracked
-        self.ages = make_slot_ages(self.head.layer, config)
+        self.ages = None if config.rewire.method == "static" else self.head.slot_ages()
         self._step_reps: list[Tensor] = []  # of the step just taken, where a rewiring reads them
         self._passes = make_passes(config, train_set, self.device, self)
 
@@ -138,16 +139,17 @@ class Trainer:
             heads = [(head, 1 - share), (self.auxiliary, share)]
             meter = PartMeter(share) if measure else None
         loss = 0.0
+        self.replica.draw_apart_(self.step)
         for position, chunk in enumerate(chunks, start=1):
-            loss += self._pass(
-                self.train_set.batch(chunk),
-                heads,
-                num_rows=num_rows,
-                update=position == len(chunks),
-                meter=meter,
-            )
+            last = position == len(chunks)
+            batch = self.replica.batch(self.train_set, chunk)
+            with self.replica.one_pass(last=last):
+                loss += self._pass(
+                    batch, heads, pass_rows=len(chunk), num_rows=num_rows, update=last, meter=meter
+                )
             if self._passes is not None:
                 coalesce_gradient_(self.model.body)
+        self.replica.sum_gradients_()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr "
@@ -157,7 +159,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if measure or config.train.clip_norm:
             norm = clip_gradient_(self.model.body, config.train.clip_norm)
-        parts = {} if meter is None else meter.values()
+        parts = {} if meter is None else meter.values(self.replica.world)
         if self._encoder_step():
             norm = 0.0
         if measure and self.scaler.is_enabled():
@@ -170,13 +172,17 @@ class Trainer:
         batch: Batch,
         heads: Sequence[tuple[Head, float]],
         *,
+        pass_rows: int,
         num_rows: int,
         update: bool,
         meter: PartMeter | None = None,
     ) -> float:
-        """Forward and backward of one pass of a step; returns its part of the loss."""
+        """Forward and backward of one pass of a step; returns its part of the loss.
+
+        `batch` is this rank's share of the `pass_rows` rows of the pass.
+        """
         batch = batch.to(self.device)
-        pooled = self.model.encoder(batch.inputs)
+        pooled = self.replica.encode(batch, pass_rows)
         if self.scaler.is_enabled() and not bool(pooled.isfinite().all()):
             raise TrainingError(
                 f"the encoder's activations overflow float16 at step {self.step}: "
@@ -230,7 +236,7 @@ class Trainer:
             heads.append((self.auxiliary, 0.0))
         random = random_states(self._drawing())
         try:
-            self._pass(batch, heads, num_rows=len(batch), update=False)
+            self._pass(batch, heads, pass_rows=len(batch), num_rows=len(batch), update=False)
         finally:
             self._forget_gradient()
             set_random_states_(random)
@@ -305,7 +311,8 @@ class Trainer:
         if self._step_reps:
             # All passes of the step together: the gradient is that of the whole step.
             reps, self._step_reps = torch.cat(self._step_reps), []
-            labels = self.train_set.labels.rows(torch.cat(chunks)).to(self.device)
+            rows = torch.cat([self.replica.rows(chunk) for chunk in chunks])
+            labels = self.train_set.labels.rows(rows).to(self.device)
         report = self.head.rewire_(
             options,
             seed=self.config.train.seed,
@@ -329,13 +336,27 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments of the heads and ages of slots, for a checkpoint."""
-        tensors = {f"model.{k}": v for k, v in self.model.weights().items()}
+        tensors = {f"model.{k}": own_part(v) for k, v in self.model.weights().items()}
         tensors |= {f"head.{k}": v for k, v in self.head.training_state().items()}
         if self.ages is not None:
             tensors |= {f"rewire.{k}": v for k, v in self.ages.tensors().items()}
         if self.auxiliary is not None:
             tensors |= {f"auxiliary.{k}": v for k, v in self.auxiliary.training_state().items()}
         return tensors
+
+    def row_shards(self) -> dict[str, RowShard]:
+        """Which rows this rank has of those of `tensors()` that are only a part here."""
+        weights, head = self.model.weights(), self.model.row_shards()
+        shards = {f"model.{name}": head[name] for name in weights if name in head}
+        for name, tensor in weights.items():
+            if (rows := own_rows(tensor)) is not None:
+                shards[f"model.{name}"] = rows
+        for name in self.head.training_state():
+            if (rows := head.get(f"head.{name}")) is not None:
+                shards[f"head.{name}"] = rows
+        if self.ages is not None:
+            shards |= {f"rewire.{name}": rows for name, rows in self.ages.row_shards().items()}
+        return shards
 
     def state(self) -> dict[str, Any]:
         """Counters and the loss scale, for a checkpoint."""
@@ -349,7 +370,8 @@ class Trainer:
 
     def restore_(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what a checkpoint holds; its optimizer is the loop's business."""
-        load_into(self.model.weights(), tensors, "model.")
+        weights = {name: own_part(tensor) for name, tensor in self.model.weights().items()}
+        load_into(weights, tensors, "model.")
         load_into(self.head.training_state(), tensors, "head.")
         if self.auxiliary is not None and state["auxiliary_steps"] is None:
             self.auxiliary = None  # the checkpoint is from after the cut-off
@@ -368,34 +390,3 @@ class Trainer:
 
 _VALIDATION_KS = (1, 3, 5)
 _VALIDATION_METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "R@5")
-
-
-def backward(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """One pass through everything below the heads' inputs, given the gradient of each head.
-
-    The inputs are what each head read, [B, D] each, perhaps the same tensor.
-    """
-    if len(gradients) > 1 and inputs[0] is inputs[1]:
-        gradients = [functools.reduce(operator.add, gradients)]
-    # A frozen encoder has no use for a gradient.
-    roots = [(x, d_x) for x, d_x in zip(inputs, gradients, strict=False) if x.requires_grad]
-    if roots:
-        torch.autograd.backward([x for x, _ in roots], [d_x for _, d_x in roots])
-
-
-def pulled_back(result: HeadResult, reps: Tensor, pooled: Tensor) -> HeadResult:
-    """A result on `reps` with its gradient in `pooled`, from which they were made."""
-    if reps is pooled:
-        return result
-    if not pooled.requires_grad:
-        return HeadResult(result.loss, torch.zeros_like(pooled))
-    (d_pooled,) = torch.autograd.grad(reps, pooled, result.d_reps, retain_graph=True)
-    return HeadResult(result.loss, d_pooled)
-
-
-def make_slot_ages(layer: nn.Module, config: Config) -> SlotAges | None:
-    """Ages of the layer's slots, where its pattern evolves."""
-    if config.rewire.method == "static" or not isinstance(layer, FixedFanInLinear):
-        return None
-    index = layer.index
-    return SlotAges(index.shape[0], layer.fan_in, device=index.device)
