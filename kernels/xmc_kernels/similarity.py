@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmc_kernels import checks
 from xmc_kernels._reference import similarity as reference
 from xmc_kernels._reference.fan_in import compute_dtype
 from xmc_kernels.pairs import Pairs
+from xmc_kernels.similarity_checks import check, check_numbers, check_values
 
 __all__ = ["Pairs", "recall_loss", "sigmoid_loss", "softmax_loss"]
 
@@ -45,9 +45,9 @@ def softmax_loss(
     Raises ValueError or TypeError where arguments do not fit together, on features that are not
     finite and on keys of pairs out of range.
     """
-    _check(q, k, pairs, scale=scale)
+    check(q, k, pairs, scale=scale)
     for name, target in (("row_target", row_target), ("column_target", column_target)):
-        _check_numbers(name, target, pairs.num_pairs, q)
+        check_numbers(name, target, pairs.num_pairs, q)
     with torch.autocast(q.device.type, enabled=False):
         return _softmax_loss(
             *(q, k, scale, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
@@ -64,20 +64,22 @@ def sigmoid_loss(
     pairs: Pairs,
     row_weight: Tensor,  # [Bq]
     *,
+    wide: bool = False,
     want_q: bool = True,
     want_k: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # loss, dq, dk, dscale, dbias
     """`sum over i, j of row_weight_i * softplus(-y_ij * (S_ij + bias))`; masked pairs add nothing.
 
     y is 1 for a designated pair, -1 otherwise (SigLIP, arXiv 2303.15343). Dtypes and wanted
-    gradients as in `softmax_loss`; dbias is always there. Three products: S is built once.
+    gradients as in `softmax_loss`, but with `wide` dq and dk are as wide as the loss, to be added
+    up over blocks of keys; dbias is always there. Three products: S is built once.
     """
-    _check(q, k, pairs, scale=scale, bias=bias)
-    _check_numbers("row_weight", row_weight, len(q), q)
+    check(q, k, pairs, scale=scale, bias=bias)
+    check_numbers("row_weight", row_weight, len(q), q)
     with torch.autocast(q.device.type, enabled=False):
         return _sigmoid_loss(
             *(q, k, scale, bias, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids),
-            *(row_weight, want_q, want_k),
+            *(row_weight, want_q, want_k, wide),
         )
 
 
@@ -102,8 +104,8 @@ def recall_loss(
     Rows without positives and masked pairs add nothing. Constants are the paper's. S is built
     twice, and every designated pair costs a sigmoid per key each time.
     """
-    _check(q, k, pairs)
-    _check_numbers("row_weight", row_weight, len(q), q)
+    check(q, k, pairs)
+    check_numbers("row_weight", row_weight, len(q), q)
     if not ks or min(ks) < 1:
         raise ValueError(f"expected ks of at least one cut-off from 1 on, got {list(ks)}")
     for name, value in (
@@ -117,79 +119,6 @@ def recall_loss(
             *(q, k, pairs.indptr, pairs.indices, pairs.query_ids, pairs.key_ids, row_weight),
             *(list(ks), rank_temperature, cut_temperature, want_q, want_k),
         )
-
-
-def _check(q: Tensor, k: Tensor, pairs: Pairs, **scalars: Tensor) -> None:
-    if q.dim() != 2 or k.dim() != 2 or q.shape[1] != k.shape[1] or 0 in k.shape:
-        raise ValueError(
-            "expected q [Bq, D] and k [Bk, D] of the same D, with at least one key and feature, "
-            f"got {list(q.shape)} and {list(k.shape)}"
-        )
-    if q.dtype not in checks.FLOATS or k.dtype != q.dtype:
-        raise TypeError(
-            "expected q and k both of float32, bfloat16, float16 or float64, "
-            f"got {q.dtype} and {k.dtype}"
-        )
-    if k.device != q.device:
-        raise ValueError(f"expected k on {q.device} like q, got {k.device}")
-    for name, value in scalars.items():
-        if value.dim() != 0 or not value.is_floating_point():
-            raise ValueError(
-                f"expected {name} as a number or a floating-point tensor of shape [], "
-                f"got {value.dtype} {list(value.shape)}"
-            )
-        if value.device != q.device:
-            raise ValueError(f"expected {name} on {q.device} like q, got {value.device}")
-    checks.check_rows(pairs.indptr, pairs.indices, len(q), "positives")
-    if (pairs.query_ids is None) != (pairs.key_ids is None):
-        given, missing = ("key_ids", "query_ids")[:: 1 if pairs.query_ids is None else -1]
-        raise ValueError(f"expected {missing} beside {given}, got None")
-    for name, ids, size in (
-        ("query_ids", pairs.query_ids, len(q)),
-        ("key_ids", pairs.key_ids, len(k)),
-    ):
-        if ids is None:
-            continue
-        if ids.dtype != torch.int64:
-            raise TypeError(f"expected {name} of int64, got {ids.dtype}")
-        if ids.shape != (size,) or ids.device != q.device:
-            raise ValueError(
-                f"expected {name} of shape [{size}] on {q.device}, "
-                f"got {list(ids.shape)} on {ids.device}"
-            )
-
-
-def _check_numbers(name: str, values: Tensor | None, size: int, q: Tensor) -> None:
-    if values is None:
-        return
-    if values.shape != (size,) or values.device != q.device:
-        raise ValueError(
-            f"expected {name} of shape [{size}] on {q.device}, "
-            f"got {list(values.shape)} on {values.device}"
-        )
-    if values.dtype != compute_dtype(q):
-        raise TypeError(f"expected {name} of {compute_dtype(q)}, got {values.dtype}")
-
-
-def _check_values(q: Tensor, k: Tensor, indptr: Tensor, indices: Tensor, **scalars: Tensor) -> None:
-    checks.check_finite(q, "q")
-    checks.check_finite(k, "k")
-    for name, value in scalars.items():
-        if not bool(torch.isfinite(value)):
-            raise ValueError(f"expected a finite {name}, got {float(value)}")
-    checks.check_rows_values(indptr, indices, "positives")
-    if indices.shape[0] == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(indices))
-    if low < 0 or high >= len(k):
-        raise ValueError(f"expected positives in [0, {len(k)}), the keys, got {low} to {high}")
-    falls = indices[1:] <= indices[:-1]
-    starts = indptr[1:-1]
-    falls[starts[(starts > 0) & (starts < len(indices))] - 1] = False
-    if bool(falls.any()):
-        entry = int(falls.nonzero()[0]) + 1
-        row = int(torch.searchsorted(indptr, entry, right=True)) - 1
-        raise ValueError(f"expected sorted, distinct positives in each row, row {row} has not")
 
 
 def _on_cpu(q: Tensor) -> Any:
@@ -235,7 +164,7 @@ def _softmax_loss(
     want_q: bool,
     want_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_values(q, k, indptr, indices, scale=scale)
+    check_values(q, k, indptr, indices, scale=scale)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     options = (row_target, column_target, decoupled, want_q, want_k)
     return reference.softmax_loss(q, k, scale, pairs, *options)
@@ -243,14 +172,14 @@ def _softmax_loss(
 
 @_softmax_loss.register_kernel("cpu")
 def _(q, k, scale, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    _check_values(q, k, indptr, indices, scale=scale)
+    check_values(q, k, indptr, indices, scale=scale)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cpu(q).softmax_loss(q, k, scale, pairs, *options)
 
 
 @_softmax_loss.register_kernel("cuda")
 def _(q, k, scale, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    _check_values(q, k, indptr, indices, scale=scale)
+    check_values(q, k, indptr, indices, scale=scale)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cuda(q).softmax_loss(q, k, scale, pairs, *options)
 
@@ -273,30 +202,33 @@ def _sigmoid_loss(
     row_weight: Tensor,
     want_q: bool,
     want_k: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_values(q, k, indptr, indices, scale=scale, bias=bias)
+    check_values(q, k, indptr, indices, scale=scale, bias=bias)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
-    return reference.sigmoid_loss(q, k, scale, bias, pairs, row_weight, want_q, want_k)
+    return reference.sigmoid_loss(q, k, scale, bias, pairs, row_weight, want_q, want_k, wide)
 
 
 @_sigmoid_loss.register_kernel("cpu")
 def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    _check_values(q, k, indptr, indices, scale=scale, bias=bias)
+    check_values(q, k, indptr, indices, scale=scale, bias=bias)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cpu(q).sigmoid_loss(q, k, scale, bias, pairs, *options)
 
 
 @_sigmoid_loss.register_kernel("cuda")
 def _(q, k, scale, bias, indptr, indices, query_ids, key_ids, *options):  # type: ignore[no-untyped-def]
-    _check_values(q, k, indptr, indices, scale=scale, bias=bias)
+    check_values(q, k, indptr, indices, scale=scale, bias=bias)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     return _on_cuda(q).sigmoid_loss(q, k, scale, bias, pairs, *options)
 
 
 @_sigmoid_loss.register_fake
 def _(q, k, scale, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    room = _room(q, k, *rest[-2:])
-    return *room, torch.empty_like(room[0])
+    number, dq, dk, d_scale = _room(q, k, *rest[-3:-1])
+    if rest[-1]:
+        dq, dk = dq.to(number.dtype), dk.to(number.dtype)
+    return number, dq, dk, d_scale, torch.empty_like(number)
 
 
 @torch.library.custom_op("xmc::similarity_recall", mutates_args=())
@@ -314,7 +246,7 @@ def _recall_loss(
     want_q: bool,
     want_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_values(q, k, indptr, indices)
+    check_values(q, k, indptr, indices)
     pairs = Pairs(indptr, indices, query_ids, key_ids)
     options = (row_weight, ks, rank_temperature, cut_temperature, want_q, want_k)
     return reference.recall_loss(q, k, pairs, *options)

@@ -413,7 +413,7 @@ def test_operations_are_registered_as_torch_expects(case) -> None:
     weight, bias = torch.ones(20), torch.tensor(-1.0)
     for operation, arguments in (
         (similarity._softmax_loss, (q, k, scale, *of_pairs, row, column, False, True, False)),
-        (similarity._sigmoid_loss, (q, k, scale, bias, *of_pairs, weight, False, True)),
+        (similarity._sigmoid_loss, (q, k, scale, bias, *of_pairs, weight, False, True, True)),
         (similarity._recall_loss, (q, k, *of_pairs, weight, [1, 2], 0.1, 1.0, True, True)),
     ):
         torch.library.opcheck(operation, arguments)

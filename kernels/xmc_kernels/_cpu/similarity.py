@@ -228,7 +228,7 @@ def softmax_loss(
         own = places[start : start + group]
         for place in own:
             kept[place] = s = engine.scores(place)
-            _statistics(engine, place, s, rows, columns)
+            add_statistics(engine, place, s, rows, columns)
             while kept and len(kept) * s.numel() > room:
                 del kept[next(iter(kept))]
 
@@ -252,7 +252,7 @@ def softmax_loss(
             }
             engine.sweep(sweeps.gradients(), place, s, **here, target=target)
             engine.add(place, s)
-    return torch.tensor(value, dtype=torch.float32), *engine.gradients.finish()
+    return torch.tensor(value, dtype=torch.float32), *engine.gradients.finish_as_inputs()
 
 
 def _references(sums: Sums, weight: Tensor, name: str) -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ def _references(sums: Sums, weight: Tensor, name: str) -> dict[str, Tensor]:
     return {f"{name}_reference": sums.reference(), f"{name}_weight": sums.weight(weight)}
 
 
-def _statistics(engine: Engine, place: Place, s: Tensor, rows: Sums, columns: Sums) -> None:
+def add_statistics(engine: Engine, place: Place, s: Tensor, rows: Sums, columns: Sums) -> None:
     """Add the terms of a tile to the sums of rows and, where wanted, of columns."""
     fields = {"row_max": rows.top, "row_sum": rows.total}
     if not engine.fields["columns_too"]:
@@ -282,6 +282,7 @@ def sigmoid_loss(
     row_weight: Tensor,  # [Bq]
     want_q: bool,
     want_k: bool,
+    wide: bool = False,
     *,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -299,4 +300,5 @@ def sigmoid_loss(
         torch.tensor(float((row_weight.double() * sums).numpy().sum()), dtype=torch.float32)
         for sums in (row_loss, row_bias)
     )
-    return loss, *engine.gradients.finish(), d_bias
+    sums = engine.gradients
+    return loss, *(sums.finish() if wide else sums.finish_as_inputs()), d_bias

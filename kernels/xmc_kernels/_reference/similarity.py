@@ -77,15 +77,19 @@ class Gradients:
             self.dk[tile.columns] += g.T @ self.q[tile.rows].to(self.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk (in the inputs' dtypes; no rows where not wanted) and dscale."""
+        """dq, dk (no rows where not wanted) and dscale, as wide as they were summed."""
         inputs, sums = (self.q, self.dq) if self.want_q else (self.k, self.dk)
         d_scale = torch.zeros((), dtype=torch.float64, device=self.q.device)
         for rows in blocks(len(sums), TILE):
             products = inputs[rows].to(self.dtype) * sums[rows]
             d_scale += products.sum(1, dtype=torch.float64).sum()
         scale = self.scale.to(self.dtype)
-        dq, dk = self.dq.mul_(scale).to(self.q.dtype), self.dk.mul_(scale).to(self.k.dtype)
-        return dq, dk, d_scale.to(self.dtype)
+        return self.dq.mul_(scale), self.dk.mul_(scale), d_scale.to(self.dtype)
+
+    def finish_as_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, dq and dk in the inputs' dtypes."""
+        dq, dk, d_scale = self.finish()
+        return dq.to(self.q.dtype), dk.to(self.k.dtype), d_scale
 
 
 def row_sums(pairs: Pairs, values: Tensor) -> Tensor:  # [nnz] -> [Bq]
@@ -114,27 +118,14 @@ def softmax_loss(
     """`sum of row_target * (r_i - S_ij) + column_target * (c_j - S_ij)` over designated pairs."""
     dtype = compute_dtype(q, k)
     columns_too = column_target is not None
-    row_lse = torch.full((len(q),), -torch.inf, dtype=dtype, device=q.device)
-    column_lse = torch.full((len(k),), -torch.inf, dtype=dtype, device=q.device)
-    positive = torch.empty(pairs.num_pairs, dtype=dtype, device=q.device)
-
-    def scored() -> Iterator[Tile]:
-        for t in tiles(q, k, scale, pairs, tile):
-            if decoupled:
-                t.scores[t.at] = -torch.inf
-            yield t
-
-    for t in scored():
-        positive[t.entries] = t.positive
-        row_lse[t.rows] = torch.logaddexp(row_lse[t.rows], t.scores.logsumexp(1))
-        if columns_too:
-            column_lse[t.columns] = torch.logaddexp(column_lse[t.columns], t.scores.logsumexp(0))
-
+    row_lse, column_lse, positive = softmax_statistics(
+        q, k, scale, pairs, columns_too, decoupled, tile=tile
+    )
     # Nothing is left of a row whose denominator is empty: no loss, no gradient.
     queries = torch.repeat_interleave(torch.arange(len(q), device=q.device), pairs.indptr.diff())
     keys = pairs.indices.long()
     target = row_target.to(dtype).where(row_lse[queries] > -torch.inf, 0)
-    row_weight = row_sums(pairs, target)
+    row_weight, column_weight = row_sums(pairs, target), None
     row_lse.masked_fill_(row_lse == -torch.inf, 0)
     loss = (target.double() * (row_lse[queries] - positive).double()).sum()
     if column_target is not None:
@@ -143,17 +134,69 @@ def softmax_loss(
         column_lse.masked_fill_(column_lse == -torch.inf, 0)
         loss += (other.double() * (column_lse[keys] - positive).double()).sum()
         target = target + other
+    dq, dk, d_scale = softmax_gradients(
+        *(q, k, scale, pairs, target, positive),
+        *(row_lse, row_weight, column_lse, column_weight, decoupled, want_q, want_k),
+        tile=tile,
+    )
+    return loss.to(dtype), dq.to(q.dtype), dk.to(k.dtype), d_scale
 
+
+def softmax_statistics(
+    q: Tensor,  # [Bq, D]
+    k: Tensor,  # [Bk, D]
+    scale: Tensor,  # []
+    pairs: Pairs,
+    columns_too: bool,
+    decoupled: bool,
+    *,
+    tile: int = TILE,
+) -> tuple[Tensor, Tensor, Tensor]:  # [Bq], [Bk], [nnz]
+    """Logsumexps of rows and (else -inf) of columns; scores of designated pairs."""
+    dtype = compute_dtype(q, k)
+    row_lse = torch.full((len(q),), -torch.inf, dtype=dtype, device=q.device)
+    column_lse = torch.full((len(k),), -torch.inf, dtype=dtype, device=q.device)
+    positive = torch.empty(pairs.num_pairs, dtype=dtype, device=q.device)
+    for t in tiles(q, k, scale, pairs, tile):
+        positive[t.entries] = t.positive
+        if decoupled:
+            t.scores[t.at] = -torch.inf
+        row_lse[t.rows] = torch.logaddexp(row_lse[t.rows], t.scores.logsumexp(1))
+        if columns_too:
+            column_lse[t.columns] = torch.logaddexp(column_lse[t.columns], t.scores.logsumexp(0))
+    return row_lse, column_lse, positive
+
+
+def softmax_gradients(
+    q: Tensor,  # [Bq, D]
+    k: Tensor,  # [Bk, D]
+    scale: Tensor,  # []
+    pairs: Pairs,
+    target: Tensor,  # [nnz]
+    positive: Tensor,  # [nnz], not needed here
+    row_lse: Tensor,  # [Bq]
+    row_weight: Tensor,  # [Bq]
+    column_lse: Tensor | None,  # [Bk]
+    column_weight: Tensor | None,  # [Bk]
+    decoupled: bool,
+    want_q: bool,
+    want_k: bool,
+    *,
+    tile: int = TILE,
+) -> tuple[Tensor, Tensor, Tensor]:  # [Bq, D], [Bk, D], []
+    """What `G = row_weight exp(S - row_lse) + column_weight exp(S - column_lse) - target` gives."""
     gradients = Gradients(q, k, scale, want_q, want_k)
     if not (want_q or want_k):
-        return loss.to(dtype), *gradients.finish()
-    for t in scored():
+        return gradients.finish()
+    for t in tiles(q, k, scale, pairs, tile):
+        if decoupled:
+            t.scores[t.at] = -torch.inf
         g = torch.exp(t.scores - row_lse[t.rows, None]) * row_weight[t.rows, None]
-        if columns_too:
+        if column_lse is not None and column_weight is not None:
             g += torch.exp(t.scores - column_lse[None, t.columns]) * column_weight[None, t.columns]
         g[t.at] -= target[t.entries]
         gradients.add(t, g)
-    return loss.to(dtype), *gradients.finish()
+    return gradients.finish()
 
 
 def sigmoid_loss(
@@ -165,6 +208,7 @@ def sigmoid_loss(
     row_weight: Tensor,  # [Bq]
     want_q: bool,
     want_k: bool,
+    wide: bool = False,
     *,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [], [Bq, D], [Bk, D], [], []
@@ -183,7 +227,8 @@ def sigmoid_loss(
         d_bias += g.sum(dtype=torch.float64)
         if want_q or want_k:
             gradients.add(t, g)
-    return loss.to(dtype), *gradients.finish(), d_bias.to(dtype)
+    finish = gradients.finish if wide else gradients.finish_as_inputs
+    return loss.to(dtype), *finish(), d_bias.to(dtype)
 
 
 def recall_loss(
@@ -244,7 +289,7 @@ def recall_loss(
     loss = (weight.double() * (1 - recall).double()).sum()
     gradients = Gradients(q, k, scale, want_q, want_k)
     if not (want_q or want_k):
-        return loss.to(dtype), *gradients.finish()[:2]
+        return loss.to(dtype), *gradients.finish_as_inputs()[:2]
 
     d_rank *= -weight[queries]
     for t in tiles(q, k, scale, pairs, tile):
@@ -253,4 +298,4 @@ def recall_loss(
             g.index_add_(0, rows, above * (1 - above) * (d_rank[entries, None] / rank_temperature))
         g[t.at] -= (d_rank * slope)[t.entries]
         gradients.add(t, g)
-    return loss.to(dtype), *gradients.finish()[:2]
+    return loss.to(dtype), *gradients.finish_as_inputs()[:2]

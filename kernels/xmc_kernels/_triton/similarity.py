@@ -66,7 +66,7 @@ def softmax_loss(
     want_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [Bq, D], [Bk, D], []
     """`sum of row_target * (r_i - S_ij) + column_target * (c_j - S_ij)` over designated pairs."""
-    inputs = _Inputs(q, k, scale, pairs, without_pairs=decoupled)
+    inputs = Inputs(q, k, scale, pairs, without_pairs=decoupled)
     row_lse, column_lse, dots = inputs.statistics(column_target is not None)
     rows, keys = inputs.queries, inputs.pairs.indices.long()
     score = inputs.scale * dots
@@ -107,17 +107,18 @@ def sigmoid_loss(
     row_weight: Tensor,  # [Bq] float32
     want_q: bool,
     want_k: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [], [Bq, D], [Bk, D], [], []
     """`sum of row_weight_i * softplus(-y_ij * (S_ij + bias))`, y = 1 if designated, else -1.
 
     One sweep: scores, their loss and G from the same tile. Three units.
     """
-    inputs = _Inputs(q, k, scale, pairs, without_pairs=True)
+    inputs = Inputs(q, k, scale, pairs, without_pairs=True)
     dots, weight = inputs.dots(), row_weight[inputs.queries]
     logit = inputs.scale * dots + bias.float()
     pair_grad = -weight * torch.sigmoid(-logit)
     weights = Weights(row_weight.contiguous(), bias=bias.float())
-    dq, dk, sums = inputs.gradients(weights, pair_grad, want_q, want_k)
+    dq, dk, sums = inputs.gradients(weights, pair_grad, want_q, want_k, wide=wide)
     loss = sums[2] - (weight * F.logsigmoid(logit)).sum(dtype=torch.float64)
     d_bias = sums[1] + pair_grad.sum(dtype=torch.float64)
     d_scale = sums[0] + (pair_grad.double() * dots.double()).sum()
@@ -134,7 +135,7 @@ def _key_sums(pairs: Pairs, values: Tensor, num_keys: int) -> Tensor:  # [nnz] -
     return torch.segment_reduce(values[order], "sum", offsets=offsets, initial=0)
 
 
-class _Inputs:
+class Inputs:
     """Queries, keys and pairs as kernels take them, and what goes through them part by part."""
 
     def __init__(
@@ -194,16 +195,23 @@ class _Inputs:
         return row_lse, column_lse, dots
 
     def gradients(
-        self, weights: Weights, pair_grad: Tensor, want_q: bool, want_k: bool
+        self,
+        weights: Weights,
+        pair_grad: Tensor,
+        want_q: bool,
+        want_k: bool,
+        *,
+        wide: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, and the sums of `gradient_launch` over all tiles, [3] float64."""
+        """dq, dk (`wide`: float32), the sums of `gradient_launch` over all tiles, [3] float64."""
         tiles = self.tiles("gradient" if weights.bias is None else "sigmoid")
         of_products = tiles_of_products(self.aligned_q, self.aligned_k, tiles)
         unit = max(tiles.m, tiles.n, of_products.m)
         num_rows, num_keys = size = part_size(self.q, self.k, unit)
         weights = weights.padded(unit)
         products = Products(self.aligned_q, self.aligned_k, size, of_products, want_q, want_k)
-        dq = self.q.new_empty(self.q.shape if want_q else (0, self.q.shape[1]))
+        dtype = torch.float32 if wide else self.q.dtype
+        dq = self.q.new_empty(self.q.shape if want_q else (0, self.q.shape[1]), dtype=dtype)
         programs = cdiv(num_rows, tiles.m) * cdiv(num_keys, tiles.n)
         sums = torch.zeros(programs, 3, dtype=torch.float64, device=self.q.device)
         bounds = [*self.pairs.indptr[::num_rows].tolist(), self.pairs.num_pairs]
@@ -219,10 +227,10 @@ class _Inputs:
             pair_grad_launch(*of_pairs, grad, entries, rows.start, keys).run()
             products.add(grad, part.q, part.k, keys)
             if products.d_q is not None and keys.stop == len(self.k):
-                dq[rows] = total(products.d_q, len(part.q), self.q)
-        dk = self.k.new_empty(0, self.k.shape[1])
+                dq[rows] = total(products.d_q, len(part.q), dq)
+        dk = self.k.new_empty((0, self.k.shape[1]), dtype=dtype)
         if products.d_k is not None:
-            dk = total(products.d_k, len(self.k), self.k)
+            dk = total(products.d_k, len(self.k), dk)
         return dq, dk, sums.sum(0)
 
 

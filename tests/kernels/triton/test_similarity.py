@@ -90,7 +90,7 @@ def case(contrastive_oracle) -> Callable[..., Case]:
 @pytest.fixture
 def engine(device, monkeypatch):
     """The Triton backend with small tiles and parts, from and to the CPU; more than one of each."""
-    from xmc_kernels._triton import similarity, tiles
+    from xmc_kernels._triton import similarity, similarity_passes, tiles
 
     small = {
         key: replace(tiles.TABLES["default"].products[key], m=16, n=16, k=16)
@@ -109,7 +109,8 @@ def engine(device, monkeypatch):
         return value.to(where) if isinstance(value, Tensor) else value
 
     def run(name: str, *arguments) -> list[Tensor]:
-        results = getattr(similarity, name)(*(move(value) for value in arguments))
+        module = similarity if hasattr(similarity, name) else similarity_passes
+        results = getattr(module, name)(*(move(value) for value in arguments))
         places = {t.untyped_storage().data_ptr() for t in results if t.numel()}
         assert len(places) == sum(t.numel() > 0 for t in results)  # no output shares another's
         return [move(t, "cpu") for t in results]
@@ -200,6 +201,32 @@ def test_sigmoid_equals_the_whole_matrix(
         for dtype in (torch.float32, torch.float64)
     ]
     check(ours, *results)
+
+
+@pytest.mark.parametrize("kind", ["rows", "ids", "decoupled ids"])
+def test_two_passes_give_what_one_operation_does(kind, case, engine, poisoned) -> None:
+    from xmc_kernels._reference import similarity as reference
+
+    c = case(17, 33, 21, kind)
+    q, k, scale, pairs, row, column, decoupled = softmax_arguments(c, torch.float32, 20.0)
+    want = engine("softmax_loss", q, k, scale, pairs, row, column, decoupled, True, True)
+    given = (q.double(), k.double(), scale.double(), pairs, c.symmetric, decoupled)
+    truth = reference.softmax_statistics(*given)
+    ours = engine("softmax_statistics", q, k, scale, pairs, c.symmetric, decoupled)
+    for got, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got.double(), expected[: len(got)], rtol=1e-5, atol=1e-5)
+    row_lse, column_lse, scores = ours
+    queries = torch.arange(len(q)).repeat_interleave(pairs.indptr.diff())
+    target = row = row.where(row_lse[queries] > -torch.inf, 0)  # row 0 may have no terms
+    row_weight, column_weight = reference.row_sums(pairs, row), None
+    if column is not None:
+        assert not (column_lse == -torch.inf).any()
+        column_weight = reference.key_sums(pairs, column, len(k))
+        target = row + column
+    numbers = (target, scores, row_lse.masked_fill(row_lse == -torch.inf, 0), row_weight)
+    columns = (column_lse if column is not None else None, column_weight)
+    got = engine("softmax_gradients", q, k, scale, pairs, *numbers, *columns, decoupled, True, True)
+    torch.testing.assert_close(got, want[1:], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
