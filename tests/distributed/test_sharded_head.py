@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from xmc.types import SparseLabels, TopK
+from xmc.distributed.sharding import RowShard
+from xmc.heads.classifier import ClassifierHead
+from xmc.nn.fan_in import FixedFanInLinear
+from xmc.types import LabelShard, SparseLabels, TopK
 
 WORKER = Path(__file__).with_name("sharded_head_worker.py")
 
 GROUPS = {"fan_in": 6, "group_size": 4}
 PATTERN = {"fan_in": 12, "pattern": "4:8", "group_size": 2}
 DENSE = {"kind": "dense"}
+DENSE_FIRST = {"order": "frequency", "dense_share": 0.2}
 SET = {"method": "set", "fraction": 0.5, "init": "uniform"}
 RIGL = {"method": "rigl", "fraction": 0.5, "moments": "keep"}
 LATER = {"method": "rigl", "prune": "threshold", "threshold": 0.1, "init": "uniform"}
@@ -33,6 +37,15 @@ CASES: dict[str, dict[str, Any]] = {
     "groups rigl": {"num_labels": 52, "head": GROUPS, "rewire": LATER},
     "n:m set": {"head": PATTERN, "optimizer": {"kind": "adamw"}, "rewire": SET},
     "n:m rigl": {"head": PATTERN, "rewire": RIGL, "weighted": True},
+    "order": {"arranged": True, "head": {"fan_in": 6, "order": "random"}, "weighted": True},
+    "order rigl": {"arranged": True, "head": GROUPS | DENSE_FIRST, "rewire": RIGL},
+    "order set": {
+        "arranged": True,
+        "head": GROUPS | DENSE_FIRST,
+        "optimizer": {"kind": "adamw"},
+        "rewire": LATER | {"method": "set"},
+        "weighted": True,
+    },
 }
 
 
@@ -42,6 +55,61 @@ def test_ranks_train_what_one_process_trains(ranks: Any, name: str, size: int) -
     (alone,) = ranks(1, WORKER, "train", CASES[name])
     many = ranks(size, WORKER, "train", CASES[name])
     check(many, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [(13, 0), (0, 13), (1, 12), (6, 0, 7, 0), (0, 0, 0, 13)])
+def test_rows_may_be_unequal_and_missing(ranks: Any, shares: tuple[int, ...]) -> None:
+    for name in ("rigl", "order rigl"):
+        (alone,) = ranks(1, WORKER, "train", CASES[name])
+        many = ranks(len(shares), WORKER, "train", CASES[name] | {"shares": shares})
+        assert [len(rank["d_reps"][0]) for rank in many] == list(shares)
+        check(many, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["adamw", "dense", "groups rigl", "n:m set", "order set"])
+def test_compiled_in_float32(ranks: Any, name: str, size: int) -> None:
+    """Each label is computed alike; sums over labels are rounded otherwise."""
+    (alone,) = ranks(1, WORKER, "train", CASES[name] | {"double": False})
+    many = ranks(size, WORKER, "train", CASES[name] | {"double": False})
+    check(many, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "num_labels", "k"), [(2, 10, 4), (4, 10, 4), (4, 4, 7), (4, 9, 1)])
+def test_ties_go_to_the_lower_label_and_excluded_ones_to_none(
+    ranks: Any, size: int, num_labels: int, k: int
+) -> None:
+    exclude = SparseLabels.from_lists([[], [2, 5, 8], [1], list(range(9))], num_labels=9)
+    exclude = exclude.within(LabelShard(0, min(num_labels, 9), 9))
+    exclude = SparseLabels(exclude.indptr, exclude.indices, num_labels)
+    scores = (torch.arange(num_labels) % 3).float().expand(4, -1)
+    scores = scores.masked_fill(exclude.to_dense().bool(), -torch.inf)
+    labels = torch.arange(num_labels).expand(4, -1).masked_fill(scores.isinf(), -1)
+    expected = TopK(scores, labels).ranked().resized(k)
+    for found, named in ranks(size, WORKER, "tied", num_labels, k, exclude):
+        assert torch.equal(found, expected.scores)
+        assert torch.equal(named, expected.labels)
+
+
+def test_fewer_labels_than_ranks_are_refused_everywhere(ranks: Any) -> None:
+    message = "expected at least one label for each of 4 ranks, got 3"
+    assert ranks(4, WORKER, "problem", 3, {"fan_in": 2}) == [message] * 4
+    message = "expected at least one group of 4 labels for each of 4 ranks, got 3"
+    assert ranks(4, WORKER, "problem", 12, {"fan_in": 2, "group_size": 4}) == [message] * 4
+    assert ranks(4, WORKER, "problem", 4, {"fan_in": 2}) == [""] * 4
+
+
+def test_a_wrong_label_of_one_rank_is_an_error_on_each(ranks: Any) -> None:
+    message = "expected labels in [0, 9), got 0 to 9"
+    assert ranks(2, WORKER, "wrong_label") == [message] * 2
+
+
+def test_a_shard_has_to_be_that_of_the_layer() -> None:
+    layer = FixedFanInLinear(8, 5, 3)
+    with pytest.raises(ValueError, match=r"expected a shard of 5 labels, got LabelShard\(start=0, s"):
+        ClassifierHead(layer, shard=LabelShard(0, 6, 9))
+    with pytest.raises(ValueError, match=r"expected a shard of 5 outputs, got RowShard\(start=0, s"):
+        FixedFanInLinear(8, 5, 3, rows=RowShard(0, 6, 9))
 
 
 def check(many: list[dict[str, Any]], alone: dict[str, Any], rtol: float, atol: float) -> None:
