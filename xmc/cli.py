@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from xmc.config import shipped_recipes
+from xmc.distributed.torchrun import launched_rank, launched_ranks
 
 app = typer.Typer(
     name="xmc",
@@ -28,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build and inspect data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+_ON_RANKS = ("train", "evaluate", "predict")  # commands that several processes run together
 _TOO_LARGE = 3  # the exit code of a plan that does not fit
 _INTERRUPTED = 130  # the shell's exit code for a command ended by Ctrl-C
 
@@ -43,6 +45,7 @@ Cache = Annotated[
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.")
     ] = False,
@@ -51,6 +54,12 @@ def root(
     if show_version:
         print(version("xmc-toolkit"))
         raise typer.Exit
+    command = context.invoked_subcommand
+    if launched_ranks() > 1 and command not in (None, *_ON_RANKS):
+        raise ValueError(
+            f"xmc {command}: expected one process, got {launched_ranks()} (torchrun), "
+            f"which is for {', '.join(_ON_RANKS)}"
+        )
 
 
 @app.command()
@@ -80,14 +89,20 @@ def train(
 
     Ctrl-C writes a checkpoint first; the same command with --resume goes on from it, and ends with
     the same result as a run that was never interrupted.
+
+    On several GPUs, or processes of a CPU: torchrun --nproc-per-node 2 -m xmc train ... Each has a
+    part of the classifier, and a share of every batch: the result is that of one process. --resume
+    may use another number of them.
     """
+    from xmc.distributed.launch import ranks
     from xmc.training.loop import Interrupted
     from xmc.training.run import train as run_training
 
     try:
-        run_training(
-            recipe, data=data, out=out, overrides=settings or [], resume=resume, cache=cache
-        )
+        with ranks():
+            run_training(
+                recipe, data=data, out=out, overrides=settings or [], resume=resume, cache=cache
+            )
     except Interrupted as stop:
         _note(f"{stop}; add --resume to the same command to go on")
         raise typer.Exit(_INTERRUPTED) from None
@@ -138,11 +153,13 @@ def evaluate(
     """Print P@k, nDCG@k, recall and propensity-scored metrics, and write them as JSON.
 
     Several runs score the best labels of each of them together: the mean of their probabilities.
+    Processes of torchrun share the labels, as in training.
     """
+    from xmc.distributed.launch import ranks
     from xmc.evaluation.report import render, to_json
     from xmc.serving.evaluate import evaluate as evaluate_run
 
-    with _rows_bar(f"evaluate {split}") as progress:
+    with ranks(), _rows_bar(f"evaluate {split}") as progress:
         scores = evaluate_run(
             runs,
             split,
@@ -159,6 +176,8 @@ def evaluate(
             cache=cache,
             progress=progress,
         )
+    if launched_rank() > 0:
+        return
     Console().print(render(scores), soft_wrap=True)
     kind = "baseline" if baseline else "evaluation" if len(runs) == 1 else "ensemble"
     path = json_path or runs[0] / f"{kind}-{split}.json"
@@ -279,21 +298,26 @@ def predict(
 
     With --text, a table; from standard input, one JSON object a line: {"text": ..., "labels":
     [{"label": ..., "score": ...}]}. Scores are probabilities for bce and of several runs, margins
-    for squared_hinge, cosines for a dual encoder.
+    for squared_hinge, cosines for a dual encoder. Processes of torchrun share the labels.
     """
+    from xmc.distributed.launch import from_rank0, ranks
     from xmc.serving.predictor import Predictor
 
-    predictor = Predictor.load(runs, _weights(weights))
-    if text:
-        for line, answer in zip(text, predictor.predict(text, k), strict=True):
-            print(line)
-            for label, score in answer:
-                print(f"  {score:8.4f}  {label}")
-        return
-    lines, asked = itertools.tee(_read_texts(jsonl))  # answers come a batch behind the lines
-    for line, answer in zip(lines, predictor.stream(asked, k), strict=True):
-        labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
-        print(json.dumps({"text": line, "labels": labels}, ensure_ascii=False))
+    with ranks() as world:
+        predictor = Predictor.load(runs, _weights(weights))
+        if text:
+            answers = predictor.predict(text, k)
+            for line, answer in zip(text if world.rank == 0 else (), answers, strict=False):
+                print(line)
+                for label, score in answer:
+                    print(f"  {score:8.4f}  {label}")
+            return
+        # Answers come a batch behind the lines.
+        lines, asked = itertools.tee(from_rank0(_read_texts(jsonl), world))
+        for line, answer in zip(lines, predictor.stream(asked, k), strict=True):
+            labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
+            if world.rank == 0:
+                print(json.dumps({"text": line, "labels": labels}, ensure_ascii=False))
 
 
 @app.command()
@@ -332,6 +356,27 @@ def plan(
         bool,
         typer.Option("--measure/--no-measure", help="Time parts of a step, two seconds (CPU)."),
     ] = True,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Plan for so many processes (torchrun): 8, or 1,8,64, or 1..1000."),
+    ] = None,
+    weak: Annotated[
+        bool,
+        typer.Option("--weak/--strong", help="With --ranks, keep the rows of a rank or of a step."),
+    ] = False,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a rank's network (default: 10Gbit/s on CPUs, 25GB/s on GPUs, assumed)."
+        ),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Of a message (default: 50us on CPUs, 20us on GPUs, assumed)."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --ranks, draw memory and time over ranks (PNG).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     cache: Cache = None,
 ) -> None:
@@ -342,10 +387,15 @@ def plan(
     dense classifier beside it, and the time of a step (run in parts on this machine). Memory is
     that of the process on a CPU, of the card on a GPU, where nothing has been measured yet.
 
+    With --ranks, each of several processes has a part of the labels: memory of one, what it tells
+    the others, time of a step, and the smallest number of them that fits --memory:
+    `xmc plan RECIPE --labels 100000000 --ranks 1,8,64 --memory 16GB --device cuda`.
+
     Exit code: 0 fits, 3 does not fit (with the settings to change, first things first).
     """
-    from xmc.training.plan_report import render, to_dict
+    from xmc.training import plan_report, scale_report
     from xmc.training.planner import plan_recipe
+    from xmc.training.scale_command import plan_ranks
 
     console = Console(stderr=True)
     with console.status("planning", spinner="dots"):  # shown on a terminal only
@@ -362,11 +412,15 @@ def plan(
             measure=measure,
             cache=cache,
         )
+        scale = plan_ranks(
+            result, ranks, weak=weak, bandwidth=bandwidth, latency=latency, plot=plot
+        )
+    report, found = (plan_report, result) if scale is None else (scale_report, scale)
     if as_json:
-        print(json.dumps(to_dict(result), indent=2))
+        print(json.dumps(report.to_dict(found), indent=2))
     else:
-        Console().print(render(result))
-    if result.fits is False:
+        Console().print(report.render(found))
+    if found.fits is False:
         raise typer.Exit(_TOO_LARGE)
 
 
@@ -433,7 +487,7 @@ def info(
 @contextmanager
 def _rows_bar(what: str) -> Iterator[Callable[[int], object]]:
     """A count of rows with their rate while a block runs, on a terminal only."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=launched_rank() > 0)
     columns = (TextColumn(what), SpinnerColumn(), TextColumn("{task.completed} rows"))
     with Progress(
         *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
@@ -481,7 +535,8 @@ def _text_of(line: str, number: int) -> str:
 
 
 def _note(message: str) -> None:
-    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+    if launched_rank() == 0:
+        Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -498,8 +553,19 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if not _expected(error):
             raise
-        print(f"xmc: {' '.join(str(error).split())}", file=sys.stderr)
+        if not _told_elsewhere(error):
+            rank = f"rank {launched_rank()}: " if launched_ranks() > 1 else ""
+            print(f"xmc: {rank}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _told_elsewhere(error: Exception) -> bool:
+    """Whether another rank says what was wrong."""
+    if launched_ranks() == 1:
+        return False
+    from xmc.distributed.launch import OtherRankError
+
+    return isinstance(error, OtherRankError)
 
 
 def _warn(

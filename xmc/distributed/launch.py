@@ -1,21 +1,21 @@
 """Where the processes that torchrun starts become ranks, and how they end together.
 
-torchrun's interface is its environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-A process without it is alone, and nothing here does anything.
+A process that torchrun did not start is alone, and nothing here does anything.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from xmc.distributed.collectives import World, agreed
+from xmc.distributed.torchrun import launched_local_rank, launched_ranks
 
 T = TypeVar("T")
 
@@ -30,11 +30,6 @@ class RankError(RuntimeError):
 
 class OtherRankError(RankError):
     """Rank 0 failed in what it did for all, and says why itself."""
-
-
-def launched_ranks() -> int:
-    """How many processes torchrun started, 1 where it was not used."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def join_ranks(timeout: timedelta = _TIMEOUT) -> World:
@@ -54,7 +49,7 @@ def join_ranks(timeout: timedelta = _TIMEOUT) -> World:
 def ranks(timeout: timedelta = _TIMEOUT) -> Iterator[World]:
     """`join_ranks` for a block, after which the group is gone; `lost_ranks` holds inside."""
     world = join_ranks(timeout)
-    with lost_ranks(world):
+    with lost_ranks():
         yield world
     # Not after an error: that this process ends is what tells the others.
     if world.size > 1:
@@ -62,17 +57,18 @@ def ranks(timeout: timedelta = _TIMEOUT) -> Iterator[World]:
 
 
 @contextmanager
-def lost_ranks(world: World) -> Iterator[None]:
-    """Turns what torch.distributed says of a rank that is gone into a RankError of one line."""
+def lost_ranks() -> Iterator[None]:
+    """Turns what torch.distributed says of a rank that is gone into a RankError of one line.
+
+    For a block or, as a decorator, a function.
+    """
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RankError) or world.size == 1 or not _is_lost(error):
+        if not _is_lost(error):
             raise
         reason = str(error).split("\n", 1)[0]
-        raise RankError(
-            f"rank {world.rank}: another rank has ended or does not answer: {reason}"
-        ) from error
+        raise RankError(f"another rank has ended or does not answer: {reason}") from error
 
 
 def local_device(kind: str) -> torch.device:
@@ -82,7 +78,7 @@ def local_device(kind: str) -> torch.device:
     """
     if kind != "cuda" or launched_ranks() == 1:
         return torch.device(kind)
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, count = launched_local_rank(), torch.cuda.device_count()
     if local >= count:
         raise ValueError(
             f"expected at most {count} ranks on this machine, one a GPU, got rank {local} "
@@ -111,7 +107,7 @@ def on_rank0(work: Callable[[], T], world: World) -> T | None:
         done = agreed(done, patient)
         dist.destroy_process_group(group)
     if not done:
-        raise OtherRankError(f"rank {world.rank}: rank 0 has failed")
+        raise OtherRankError("rank 0 has failed")
     return result
 
 
@@ -124,8 +120,33 @@ def rank0_first(work: Callable[[], T], world: World) -> T:
     return result if world.rank == 0 else work()  # type: ignore[return-value]
 
 
+def from_rank0(items: Iterable[T], world: World, size: int = 256) -> Iterator[T]:
+    """The items of rank 0, plain enough for JSON, on all ranks; the others' are not read.
+
+    Sends them `size` at a time. Where reading them fails, rank 0 raises the error and the others
+    OtherRankError.
+    """
+    if world.size == 1:
+        yield from items
+        return
+    iterator = iter(items if world.rank == 0 else ())
+    while True:
+        chunk, done = None, False
+        try:
+            chunk = list(islice(iterator, size))
+            done = True
+        finally:
+            chunk = agreed(chunk if done else None, world)
+        if chunk is None:
+            raise OtherRankError("rank 0 has failed")
+        if not chunk:
+            return
+        yield from chunk
+
+
 def _is_lost(error: RuntimeError) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
+    if not dist.is_initialized() or isinstance(error, RankError):
+        return False
     text = str(error)
-    return type(error) is RuntimeError and ("gloo" in text or "NCCL" in text)
+    known = type(error) is RuntimeError and ("gloo" in text or "NCCL" in text)
+    return known or isinstance(error, dist.DistError)

@@ -8,6 +8,8 @@ from typing import Any
 
 from xmc.data.batches import Dataset, load_dataset
 from xmc.data.formats import read_labels, split_name
+from xmc.distributed.collectives import World
+from xmc.distributed.launch import join_ranks, lost_ranks, rank0_first
 from xmc.evaluation.frequency import frequency_topk
 from xmc.evaluation.metrics import MetricAccumulator, Scores
 from xmc.evaluation.metrics import evaluate as score_batches
@@ -16,7 +18,7 @@ from xmc.heads.retrieval import RetrievalHead
 from xmc.model import XMCModel, load_model
 from xmc.runs import RunError, check_same_labels, read_run
 from xmc.serving.ensemble import CANDIDATES, Ensemble
-from xmc.types import Batch, TopK
+from xmc.types import Batch, SparseLabels, TopK
 
 KS = (1, 3, 5, 10)
 RETRIEVAL_KS = (1, 3, 5, 10, 100)  # where a dual encoder takes part
@@ -24,6 +26,7 @@ RETRIEVAL_KS = (1, 3, 5, 10, 100)  # where a dual encoder takes part
 Run = str | Path | XMCModel
 
 
+@lost_ranks()
 def evaluate(
     run: Run | Sequence[Run],
     split: str = "test",
@@ -57,10 +60,12 @@ def evaluate(
         progress: called with the number of rows of each batch.
 
     Label frequencies (propensities, head/torso/tail) come from the whole training split of the
-    first run.
+    first run. Processes that torchrun started call this alike, share the labels and the rows among
+    them, and have the same scores.
     """
+    world = join_ranks()
     runs = [run] if isinstance(run, str | Path | XMCModel) else list(run)
-    opened = [_open(entry) for entry in runs]
+    opened = [_open(entry, world) for entry in runs]
     models = [model for model, _ in opened]
     if weights is not None and len(models) == 1:
         raise ValueError(f"expected several runs with weights {list(weights)}, got one")
@@ -72,10 +77,13 @@ def evaluate(
     deepest = max(ks)
     folder = Path(data) if data is not None else Path(record["data"])
     check_same_labels(read_labels(folder), model.labels, folder)
-    datasets = [
-        load_dataset(folder, split_name(split), member.features, cache=cache) for member in models
-    ]
-    labels = load_dataset(Path(record["data"]), "trn", model.features, cache=cache).labels
+
+    def load() -> tuple[list[Dataset], SparseLabels]:
+        name = split_name(split)
+        rows = [load_dataset(folder, name, member.features, cache=cache) for member in models]
+        return rows, load_dataset(Path(record["data"]), "trn", model.features, cache=cache).labels
+
+    datasets, labels = rank0_first(load, world)
     frequencies = labels.frequencies()
     accumulator = MetricAccumulator(
         ks,
@@ -100,11 +108,11 @@ def evaluate(
     return score_batches(topk_of, batches, accumulator, progress=progress)
 
 
-def _open(run: Run) -> tuple[XMCModel, dict[str, Any]]:
-    """A model and the record of its run."""
+def _open(run: Run, world: World) -> tuple[XMCModel, dict[str, Any]]:
+    """A model, of its classifier this rank's part, and the record of its run."""
     if not isinstance(run, XMCModel):
         record = read_run(Path(run))
-        return load_model(Path(run) / "model"), record
+        return load_model(Path(run) / "model", world=world), record
     if run.folder is None:
         raise RunError("expected a model loaded from its run folder, got one in memory")
     return run, read_run(run.folder.parent)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from xmc.distributed.launch import join_ranks
 from xmc.model import XMCModel, load_model
 from xmc.serving.ensemble import CANDIDATES, Ensemble
 from xmc.types import TopK
@@ -31,10 +32,12 @@ class Predictor:
     ) -> Predictor:
         """From a run folder or a model folder; several answer together (`Ensemble`).
 
-        Raises ModelError naming a bad or missing file.
+        In processes that torchrun started each has a part of the labels: all ask for the same texts
+        and have the same answers. Raises ModelError naming a bad or missing file.
         """
+        world = join_ranks()
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
-        models = [load_model(_model_folder(Path(path))) for path in folders]
+        models = [load_model(_model_folder(Path(path)), world=world) for path in folders]
         if len(models) > 1:
             return cls(Ensemble(models, weights, candidates=candidates))
         if weights is not None:

@@ -40,6 +40,7 @@ from xmc.training.trainer import Trainer
 _PACKAGES = ("xmc-toolkit", "torch", "numpy", "numba", "transformers")
 
 
+@lost_ranks()
 def train(
     recipe: str | Path | Config,
     *,
@@ -71,41 +72,38 @@ def train(
     """
     data, out = Path(data), Path(out)
     world = join_ranks()
-    with lost_ranks(world):
 
-        def checked_recipe() -> Config:
-            config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
-            _check_ranks(config, world)
-            return config
+    def checked_recipe() -> Config:
+        config = recipe if isinstance(recipe, Config) else load_recipe(recipe, overrides)
+        _check_ranks(config, world)
+        return config
 
-        config = rank0_first(checked_recipe, world)
-        on_rank0(lambda: _check_same_run(out, config) if resume else _check_free(out), world)
-        device = _device(config.train.device)
-        features, train_set, validation_set = rank0_first(
-            lambda: prepare_data(config, data, cache), world
-        )
-        labels = read_labels(data)
-        setup = _Setup(
-            config, data, features, labels, train_set, validation_set, device, cache, world
-        )
-        record = _record(config, data, train_set, validation_set)
-        if resume:
-            on_rank0(lambda: _check_same_data(out, record), world)
-        clusters = load_clusters(config, out) if resume else _found_clusters(setup)
-        torch.manual_seed(config.train.seed)
-        trainer: Trainer | DualTrainer
-        if config.train.objective == "contrastive":
-            trainer, more = _dual_trainer(setup)
-        else:
-            trainer, more = _classifier_trainer(setup, clusters)
-        if not resume:
-            on_rank0(lambda: _start_run(out, clusters), world)
-            save_model(trainer.model, out / "model")
-            on_rank0(lambda: write_json(out / "run.json", record | more), world)
-        loop = TrainingLoop(trainer, config.train, out, show_progress=show_progress, world=world)
-        loop.fit(resume=resume)
-        del trainer, loop  # with model and moments, before the best epoch is loaded
-        return load_model(out / "model")
+    config = rank0_first(checked_recipe, world)
+    on_rank0(lambda: _check_same_run(out, config) if resume else _check_free(out), world)
+    device = _device(config.train.device)
+    features, train_set, validation_set = rank0_first(
+        lambda: prepare_data(config, data, cache), world
+    )
+    labels = read_labels(data)
+    setup = _Setup(config, data, features, labels, train_set, validation_set, device, cache, world)
+    record = _record(config, data, train_set, validation_set)
+    if resume:
+        on_rank0(lambda: _check_same_data(out, record), world)
+    clusters = load_clusters(config, out) if resume else _found_clusters(setup)
+    torch.manual_seed(config.train.seed)
+    trainer: Trainer | DualTrainer
+    if config.train.objective == "contrastive":
+        trainer, more = _dual_trainer(setup)
+    else:
+        trainer, more = _classifier_trainer(setup, clusters)
+    if not resume:
+        on_rank0(lambda: _start_run(out, clusters), world)
+        save_model(trainer.model, out / "model")
+        on_rank0(lambda: write_json(out / "run.json", record | more), world)
+    loop = TrainingLoop(trainer, config.train, out, show_progress=show_progress, world=world)
+    loop.fit(resume=resume)
+    del trainer, loop  # with model and moments, before the best epoch is loaded
+    return load_model(out / "model", world=world)
 
 
 @dataclass(frozen=True)
