@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.heads.candidates import candidate_scores
+from xmc.nn.compressed import Storage, WeightDtype, compress_
 from xmc.nn.fan_in import FixedFanInLinear
 
 LAYERS = {
@@ -27,6 +28,17 @@ def expected(layer: FixedFanInLinear | nn.Linear, x: Tensor, labels: Tensor) -> 
     if layer.bias is not None:
         scores += layer.bias.detach().double()
     return torch.where(labels < 0, -torch.inf, scores.gather(1, labels.clamp(min=0)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compressed_layers(dtype: WeightDtype, packed: bool) -> None:
+    layer = FixedFanInLinear(100, 40, 7, group_size=4)
+    nn.init.normal_(layer.bias)
+    compress_(layer, Storage(dtype, packed))
+    x, labels = torch.randn(7, 100), torch.randint(-1, 40, (7, 5))
+    scores = candidate_scores(layer, x, labels).double()
+    torch.testing.assert_close(scores, expected(layer, x, labels), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

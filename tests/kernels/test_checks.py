@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xmc_kernels import checks
+from xmc_kernels._cpu.valid import index_is_valid
+from xmc_kernels.checks import validate_index
 from xmc_kernels.fan_in import fan_in_linear
 from xmc_kernels.layer import Layer
+from xmc_kernels.packing import pack_index
 
 
 def layer(**changes):
@@ -140,3 +145,25 @@ def test_index_of_another_kind() -> None:
         checks.validate_index(torch.zeros(2, 2).long(), 4)
     with pytest.raises(ValueError, match=r"expected a non-empty index .* got \[0, 2\]"):
         checks.validate_index(torch.zeros(0, 2).int(), 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(9, 400), st.booleans(), st.data())
+def test_the_fast_check_of_an_index_agrees_with_the_rule(fan_in, in_features, packed, data) -> None:
+    values = st.lists(st.integers(0, 511), min_size=fan_in, max_size=fan_in, unique=True)
+    rows = [sorted(data.draw(values)) for _ in range(3)]
+    if data.draw(st.booleans()):
+        rows[1] = data.draw(st.permutations(rows[1]))
+    good = all(row == sorted(row) and row[-1] < in_features for row in rows)
+    index = torch.tensor(rows, dtype=torch.int32)
+    pattern = (fan_in, 512) if packed else None
+    if packed:
+        in_features = 300 + in_features % 200  # one block of 512
+        good = all(row == sorted(row) and row[-1] < in_features for row in rows)
+        index = pack_index(index, (fan_in, 512))
+    assert index_is_valid(index, in_features, pattern, fan_in) == good
+    if good:
+        validate_index(index, in_features, pattern)
+    else:
+        with pytest.raises(ValueError, match=r"expected (sorted|index values)"):
+            validate_index(index, in_features, pattern)

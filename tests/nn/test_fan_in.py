@@ -368,7 +368,10 @@ def test_from_dense_refuses_what_is_no_matrix() -> None:
     ("change", "message"),
     [
         ({"weight": torch.zeros(4)}, r"shape \[L, F\], got torch.float32 \[4\]"),
-        ({"weight": torch.zeros(4, 2).int()}, "floating-point weight .* got torch.int32"),
+        (
+            {"weight": torch.zeros(4, 2).int()},
+            "a weight of floats, int8 or int4 .* got torch.int32",
+        ),
         ({"weight": torch.zeros(6, 2)}, r"index of shape \[3, 2\] to match weight \[6, 2\]"),
         ({"group_size": 3}, "group_size to divide out_features = 4, got 3"),
         ({"in_features": 1}, "fan_in of at most in_features = 1, got 2"),

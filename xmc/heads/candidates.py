@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.nn.fan_in import FixedFanInLinear
+from xmc.nn.matrix import stored_weight
 from xmc_kernels.checks import check_label_range
 from xmc_kernels.packing import unpack_index
 
@@ -32,7 +33,8 @@ def candidate_scores(
     padding = labels < 0
     chosen = labels.masked_fill(padding, 0)
     check_label_range(chosen.flatten(), layer.out_features)
-    width = max(labels.shape[1] * layer.weight.shape[1], 1)
+    inputs = layer.fan_in if isinstance(layer, FixedFanInLinear) else layer.in_features
+    width = max(labels.shape[1] * inputs, 1)
     size = max(_NUMBERS // width, 1)
     parts = [
         _scores(layer, part.float(), own, columns)
@@ -46,10 +48,11 @@ def _scores(
     layer: FixedFanInLinear | nn.Linear, x: Tensor, labels: Tensor, columns: Tensor | None
 ) -> Tensor:
     """[b, C] float32, from b rows x [b, D] and labels [b, C]."""
-    weight = _rows(layer.weight, labels).float()  # [b, C, F], or [b, C, D] of a dense layer
+    weight = _rows(layer.weight, labels)  # [b, C, F], or [b, C, D] of a dense layer
     if isinstance(layer, FixedFanInLinear):
-        if layer.weight_scale is not None:
-            weight *= layer.weight_scale[labels][..., None]
+        scale = None if layer.weight_scale is None else layer.weight_scale[labels].flatten()
+        weight = stored_weight(weight.flatten(0, 1), scale, layer.fan_in).float()
+        weight = weight.view(*labels.shape, layer.fan_in)
         index = _rows(layer.index, labels // layer.group_size)
         if layer.pattern is not None:
             index = unpack_index(index.flatten(0, 1), layer.pattern, layer.fan_in)
@@ -58,7 +61,7 @@ def _scores(
         inputs = x.gather(1, inside).view(weight.shape)
         scores = (weight * inputs).sum(-1)
     else:
-        scores = torch.einsum("bcd,bd->bc", weight, x)
+        scores = torch.einsum("bcd,bd->bc", weight.float(), x)
     return scores if layer.bias is None else scores + layer.bias[labels].float()
 
 

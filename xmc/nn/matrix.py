@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from xmc.nn.pattern import index_columns, index_dtype
-from xmc_kernels import float8
+from xmc_kernels import float8, quantized
 from xmc_kernels.checks import validate_index
-from xmc_kernels.packing import check_pattern, pack_index, packed_bytes, unpack_index
+from xmc_kernels.packing import (
+    check_pattern,
+    pack_index,
+    packed_bytes,
+    pattern_fan_in,
+    unpack_index,
+)
 
 _TILE = 2**22  # numbers of a dense label tile held at a time
 
@@ -23,20 +29,24 @@ class FixedFanIn:
 
     `dense[l, inputs[l // G, k]] = weight[l, k]`: the G labels of a group share an index row. With
     a pattern (n, m) a row has n entries in every m consecutive columns, and its index takes
-    log2(m) bits an entry (`xmc_kernels.packing`). float8 weights are multiplied by their row's
-    scale.
+    log2(m) bits an entry (`xmc_kernels.packing`). float8, int8 and int4 weights are multiplied by
+    their row's scale.
     """
 
-    weight: Tensor  # [L, F]
+    weight: Tensor  # [L, F]; int4: [L, ceil(F / 2)]
     index: Tensor  # [L/G, F] uint16, or int32 where D > 65536; sorted, distinct; or [L/G, P] uint8
     in_features: int  # D
     group_size: int = 1  # G
     pattern: tuple[int, int] | None = None  # (n, m)
-    scale: Tensor | None = None  # [L] float32, of float8 weights
+    scale: Tensor | None = None  # [L] float32, of float8, int8 and int4 weights
 
     @property
     def fan_in(self) -> int:
-        return self.weight.shape[1]
+        if self.weight.dtype != quantized.INT4:
+            return self.weight.shape[1]
+        if self.pattern is None:
+            return self.index.shape[1]
+        return pattern_fan_in(self.pattern, self.in_features)
 
     @property
     def out_features(self) -> int:
@@ -44,15 +54,16 @@ class FixedFanIn:
 
     def validate(self) -> None:
         """Raise ValueError or TypeError on the first rule that does not hold."""
-        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+        scaled = self.weight.dtype in (float8.DTYPE, *quantized.DTYPES)
+        if self.weight.dim() != 2 or not (scaled or self.weight.is_floating_point()):
             raise ValueError(
-                "expected a floating-point weight of shape [L, F], "
+                "expected a weight of floats, int8 or int4 (uint8) and of shape [L, F], "
                 f"got {self.weight.dtype} {list(self.weight.shape)}"
             )
         check_sizes(self.in_features, self.out_features, self.fan_in, self.group_size, self.pattern)
-        if (self.scale is not None) != (self.weight.dtype == float8.DTYPE):
+        if (self.scale is not None) != scaled:
             raise ValueError(
-                "expected a scale for float8 weights and for no others, "
+                "expected a scale for float8, int8 and int4 weights and for no others, "
                 f"got {self.weight.dtype} and {'no scale' if self.scale is None else 'a scale'}"
             )
         if self.scale is not None and list(self.scale.shape) != [self.out_features]:
@@ -77,11 +88,11 @@ class FixedFanIn:
         return unpack_index(self.index, self.pattern, self.fan_in)
 
     def numbers(self) -> Tensor:
-        """The weights [L, F] as they count: float8 ones as float32, all others as they are."""
-        return self.weight if self.scale is None else float8.dequantize(self.weight, self.scale)
+        """The weights [L, F] as they count: those with a scale as float32, others as they are."""
+        return stored_weight(self.weight, self.scale, self.fan_in)
 
     def to_dense(self) -> Tensor:
-        """The matrix as [L, D], in weight's dtype (float32 for float8)."""
+        """The matrix as [L, D], in weight's dtype (float32 where there is a scale)."""
         weight = self.numbers()
         dense = weight.new_zeros(self.out_features, self.in_features)
         return dense.scatter_(1, self._label_inputs().long(), weight)
@@ -142,6 +153,15 @@ class FixedFanIn:
             return inputs
         repeated = inputs.unsqueeze(1).expand(-1, self.group_size, -1)
         return repeated.reshape(self.out_features, self.fan_in)
+
+
+def stored_weight(weight: Tensor, scale: Tensor | None, fan_in: int) -> Tensor:  # [R, F]
+    """Rows of weights as they count: those with a scale as float32, others as they are."""
+    if scale is None:
+        return weight
+    if weight.dtype in quantized.DTYPES:
+        return quantized.dequantize(weight, scale, fan_in)
+    return float8.dequantize(weight, scale)
 
 
 def check_sizes(
