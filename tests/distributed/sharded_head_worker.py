@@ -5,14 +5,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import scipy.sparse
 import torch
 from torch import Tensor
 
-from xmc.config import HeadConfig, OptimizerConfig, RewireConfig
+from xmc.config import AuxiliaryConfig, HeadConfig, OptimizerConfig, RewireConfig
 from xmc.distributed.collectives import World
 from xmc.heads.arranged import ArrangedHead
+from xmc.heads.auxiliary import AuxiliaryHead
+from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
-from xmc.types import SparseLabels, TopK
+from xmc.nn.bag_reps import join_bag
+from xmc.nn.clusters import Clusters
+from xmc.types import Bag, SparseLabels, TopK
 
 D, ROWS = 24, 13
 
@@ -80,6 +85,84 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def train_bags(shares: tuple[int, ...] | None) -> dict[str, Any]:
+    """Steps of a head that reads bags, whose features differ over ranks."""
+    world, num_features, num_labels = World.current(), 40, 30
+    case = SimpleNamespace(**DEFAULTS | {"num_labels": num_labels, "shares": shares})
+    torch.manual_seed(1)
+    head = BagClassifierHead.from_options(
+        D,
+        num_features,
+        num_labels,
+        HeadConfig(fan_in=3, bag_fan_in=5),
+        OptimizerConfig(kind="adamw", lr=0.1),
+        world=world,
+    )
+    result: dict[str, Any] = {"next": torch.rand(3), "fresh": named(head.state_dict())}
+    data = torch.Generator().manual_seed(5)
+    words = torch.rand(num_labels, num_features, generator=data)
+    head.choose_features_(scipy.sparse.csr_matrix(words.where(words > 0.95, 0).numpy()), 1.5)
+    head.double()
+    own = own_rows(case, world)
+    losses, gradients = [], []
+    for _ in range(3):
+        reps, labels = draw_batch(case, data, torch.float64)
+        bag = draw_bag(num_features, data)
+        mine = bag.slice(int(own[0]), int(own[-1]) + 1) if len(own) else bag.slice(0, 0)
+        joined = join_bag(reps[own], mine, 2.0, least=8)
+        out = head.loss_and_grad(joined, labels.rows(own), num_rows=ROWS)
+        losses.append(out.loss)
+        assert out.d_reps.shape == joined.values.shape
+        gradients.append(out.d_reps[:, :D])
+    reps, labels = draw_batch(case, data, torch.float64)
+    joined = join_bag(reps, draw_bag(num_features, data), 2.0, least=8)
+    chosen = torch.randint(-1, num_labels, (ROWS, 7), generator=data)
+    return result | {
+        "losses": torch.stack(losses),
+        "d_reps": gradients,
+        "reports": [],
+        "state": named(head.state_dict() | head.training_state()),
+        "ages": {},
+        "shards": head.row_shards(),
+        "best": [pair(head.topk(joined, 5, exclude=labels))],
+        "chosen": head.candidate_scores(joined, chosen),
+    }
+
+
+def train_auxiliary() -> dict[str, Any]:
+    """Steps of a head over clusters of labels."""
+    world, case = World.current(), SimpleNamespace(**DEFAULTS)
+    data = torch.Generator().manual_seed(5)
+    assignment = torch.randint(9, (case.num_labels,), generator=data).int()
+    clusters = Clusters(assignment, 9, assignment.argsort(stable=True))
+    shares = torch.rand(9, generator=data)
+    head = AuxiliaryHead.from_config(
+        D, clusters, AuxiliaryConfig(kind="clusters", lr=0.1), seed=3, shares=shares, world=world
+    )
+    fresh = named(head.training_state())
+    head.classifier.double()
+    head.classifier._moments = None  # of the wider weights
+    losses, gradients = [], []
+    own = own_rows(case, world)
+    for _ in range(3):
+        reps, labels = draw_batch(case, data, torch.float64)
+        out = head.loss_and_grad(reps[own], labels.rows(own), num_rows=ROWS, weight=0.4)
+        losses.append(out.loss)
+        gradients.append(out.d_reps)
+    return {
+        "next": torch.rand(3),
+        "fresh": fresh,
+        "losses": torch.stack(losses),
+        "d_reps": gradients,
+        "reports": [],
+        "state": named(head.training_state()),
+        "ages": {},
+        "shards": head.row_shards(),
+        "best": [],
+        "chosen": torch.zeros(1),
+    }
+
+
 def tied(num_labels: int, k: int, exclude: SparseLabels) -> tuple[Tensor, Tensor]:
     """The best of labels of which many have the same score."""
     head = ClassifierHead.from_config(
@@ -142,6 +225,16 @@ def draw_batch(
     lists = [row.nonzero().flatten().tolist() for row in present]
     lists[4] = []
     return reps, SparseLabels.from_lists(lists, case.num_labels)
+
+
+def draw_bag(num_features: int, data: torch.Generator) -> Bag:
+    """Some rows empty, and a feature of weight 0."""
+    present = torch.rand(ROWS, num_features, generator=data) < 0.1
+    present[3] = False
+    weights = torch.rand(int(present.sum()), generator=data)
+    weights[2] = 0
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), present.sum(1).cumsum(0)])
+    return Bag(present.nonzero()[:, 1], offsets, weights)
 
 
 def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

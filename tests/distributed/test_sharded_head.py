@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_rows_may_be_unequal_and_missing(ranks: Any, shares: tuple[int, ...]) ->
         check(many, alone, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("shares", [(7, 6), (0, 13), (4, 3, 3, 3), (13, 0, 0, 0)])
+def test_a_head_of_bags_learns_the_same(ranks: Any, shares: tuple[int, ...]) -> None:
+    (alone,) = ranks(1, WORKER, "train_bags", None)
+    many = ranks(len(shares), WORKER, "train_bags", shares)
+    check(many, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_auxiliary_head_learns_the_same(ranks: Any, size: int) -> None:
+    (alone,) = ranks(1, WORKER, "train_auxiliary")
+    check(ranks(size, WORKER, "train_auxiliary"), alone, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["adamw", "dense", "groups rigl", "n:m set", "order set"])
 def test_compiled_in_float32(ranks: Any, name: str, size: int) -> None:
@@ -75,7 +89,9 @@ def test_compiled_in_float32(ranks: Any, name: str, size: int) -> None:
     check(many, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "num_labels", "k"), [(2, 10, 4), (4, 10, 4), (4, 4, 7), (4, 9, 1)])
+@pytest.mark.parametrize(
+    ("size", "num_labels", "k"), [(2, 10, 4), (4, 10, 4), (4, 4, 7), (4, 9, 1)]
+)
 def test_ties_go_to_the_lower_label_and_excluded_ones_to_none(
     ranks: Any, size: int, num_labels: int, k: int
 ) -> None:
@@ -106,9 +122,13 @@ def test_a_wrong_label_of_one_rank_is_an_error_on_each(ranks: Any) -> None:
 
 def test_a_shard_has_to_be_that_of_the_layer() -> None:
     layer = FixedFanInLinear(8, 5, 3)
-    with pytest.raises(ValueError, match=r"expected a shard of 5 labels, got LabelShard\(start=0, s"):
+    with pytest.raises(
+        ValueError, match=r"expected a shard of 5 labels, got LabelShard\(start=0, s"
+    ):
         ClassifierHead(layer, shard=LabelShard(0, 6, 9))
-    with pytest.raises(ValueError, match=r"expected a shard of 5 outputs, got RowShard\(start=0, s"):
+    with pytest.raises(
+        ValueError, match=r"expected a shard of 5 outputs, got RowShard\(start=0, s"
+    ):
         FixedFanInLinear(8, 5, 3, rows=RowShard(0, 6, 9))
 
 
@@ -131,7 +151,9 @@ def check(many: list[dict[str, Any]], alone: dict[str, Any], rtol: float, atol: 
     assert joined(many, "state").keys() == alone["state"].keys()
     for name, tensor in joined(many, "state").items():
         whole = alone["state"][name]
-        torch.testing.assert_close(tensor, whole, rtol=rtol, atol=atol, msg=lambda m: name + m)
+        torch.testing.assert_close(
+            tensor, whole, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name)
+        )
     assert joined(many, "ages").keys() == alone["ages"].keys()
     for name, tensor in joined(many, "ages").items():
         assert torch.equal(tensor, alone["ages"][name]), name

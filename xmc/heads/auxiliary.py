@@ -6,13 +6,14 @@ early on; a dense head over label clusters adds some, and is dropped later.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmc.config import AuxiliaryConfig, OptimizerConfig
+from xmc.distributed.collectives import World
+from xmc.distributed.sharding import RowShard
 from xmc.heads.classifier import ClassifierHead
+from xmc.heads.fresh import dense_layer, own_labels, starting_bias
 from xmc.heads.head import HeadResult
 from xmc.nn.clusters import Clusters
 from xmc.types import SparseLabels
@@ -23,7 +24,7 @@ class AuxiliaryHead:
 
     Binary cross-entropy, averaged over the rows and, unless `reduction` is "sum", over the
     clusters. Trained like any `ClassifierHead`, by AdamW: its weights enter no autograd. It never
-    belongs to a model.
+    belongs to a model. On several ranks the clusters are divided as labels are elsewhere.
     """
 
     def __init__(self, classifier: ClassifierHead, clusters: Clusters, *, reduction: str = "mean"):
@@ -46,20 +47,19 @@ class AuxiliaryHead:
         *,
         seed: int,
         shares: Tensor | None = None,  # [num_clusters], share of rows with a label of the cluster
+        world: World | None = None,  # None: alone
     ) -> AuxiliaryHead:
         """A fresh head on the CPU; `shares` make it start at the base rates.
 
         Draws from a generator of its own, so that the rest of a run draws what it would without.
+        Raises ValueError for fewer clusters than ranks.
         """
-        layer = torch.nn.utils.skip_init(nn.Linear, in_features, len(clusters))
-        bound = 1 / math.sqrt(in_features)  # as nn.Linear does
-        with torch.no_grad():
-            layer.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-            layer.bias.zero_()
-            if shares is not None:
-                layer.bias.copy_(torch.logit(shares.double(), eps=1e-7))
+        world = world or World.alone()
+        shard = own_labels(len(clusters), world)
+        layer = dense_layer(in_features, shard, generator=torch.Generator().manual_seed(seed))
+        layer.bias = starting_bias(layer.bias, shares, shard)
         optimizer = OptimizerConfig(kind="adamw", lr=config.lr)
-        head = ClassifierHead(layer, loss="bce", optimizer=optimizer)
+        head = ClassifierHead(layer, loss="bce", optimizer=optimizer, world=world, shard=shard)
         return cls(head, clusters, reduction=config.reduction)
 
     def to(self, device: torch.device | str) -> AuxiliaryHead:
@@ -105,3 +105,7 @@ class AuxiliaryHead:
         """Weights and moments, by name; the same storage, so that they can be loaded into."""
         weights = {f"layer.{name}": t for name, t in self.classifier.layer.state_dict().items()}
         return weights | self.classifier.training_state()
+
+    def row_shards(self) -> dict[str, RowShard]:
+        """Which rows of those tensors this rank holds, by name; empty for all."""
+        return self.classifier.row_shards()

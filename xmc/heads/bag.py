@@ -91,7 +91,8 @@ class BagClassifierHead(ClassifierHead):
             with torch.no_grad():
                 draw_uniform_(layer.weight[:, :inner], 1 / math.sqrt(inner), rows)
                 layer.weight[:, inner:].zero_()
-        layer.bias = starting_bias(layer.bias, config, label_shares, shard)
+        shares = label_shares if config.bias_init == "log_prior" else None
+        layer.bias = starting_bias(layer.bias, shares, shard)
         return cls(
             layer,
             in_features,

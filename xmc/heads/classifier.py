@@ -101,7 +101,8 @@ class ClassifierHead(nn.Module):
         world = world or World.alone()
         shard = own_labels(num_labels, world, config.group_size)
         layer = fresh_layer(in_features, shard, config)
-        layer.bias = starting_bias(layer.bias, config, label_shares, shard)
+        shares = label_shares if config.bias_init == "log_prior" else None
+        layer.bias = starting_bias(layer.bias, shares, shard)
         return cls(
             layer,
             loss=config.loss,

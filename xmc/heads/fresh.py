@@ -73,15 +73,14 @@ def dense_layer(
 
 def starting_bias(
     bias: Tensor | None,  # [labels of the shard]
-    config: HeadConfig,
-    label_shares: Tensor | None,  # [L], of all labels
+    shares: Tensor | None,  # [L], of all labels
     shard: LabelShard,
 ) -> nn.Parameter:  # [labels of the shard] float32
-    """Zeros, or the logits of the shares: one a label, not worth the rounding of weights."""
+    """The logits of the shares, or zeros: one a label, not worth the rounding of weights."""
     assert bias is not None
     start = torch.zeros_like(bias, dtype=torch.float32)
-    if config.bias_init == "log_prior" and label_shares is not None:
-        own = label_shares[shard.start : shard.stop]
+    if shares is not None:
+        own = shares[shard.start : shard.stop]
         start.copy_(torch.logit(own.double(), eps=1e-7))
     return nn.Parameter(start)
 
