@@ -22,7 +22,7 @@ from xmc.training.loop import Interrupted
 from xmc.training.run import train as train_into
 
 TIMES = ("seconds", "examples_per_second", "peak_memory_bytes")  # of events: no two runs agree
-STEP = (ClassifierHead, "loss_and_grad")  # called in every pass of every head
+STEP = (ClassifierHead, "own_loss_and_grad")  # called in every pass of every head
 
 
 def train(config: Config, data: Path, folder: Path, *, resume: bool = False) -> Path:
