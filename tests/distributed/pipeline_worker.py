@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from xmc.distributed import collectives
-from xmc.distributed.pipeline import Pipeline, PipelineError, differentiated
+from xmc.distributed.collectives import World
+from xmc.distributed.keyed_random import mixed
+from xmc.distributed.pipeline import Pipeline, differentiated
 from xmc.types import Tokens
 
-DIM, VOCABULARY = 6, 11
+DIM, VOCABULARY, SEED = 6, 11, 9
 
 
 class Embedding(nn.Module):
@@ -91,61 +93,101 @@ def share_of(rank: int, num_stages: int) -> slice:
     return slice(starts[stage], starts[stage + 1])
 
 
-def step(
+class Problem:
+    """Micro-batches of one replica with the loss of each and of all."""
+
+    def __init__(self, number: int, replica: int, num_replicas: int) -> None:
+        every = micro_batches(number)
+        self.inputs = every[replica::num_replicas]
+        self.targets = targets(number)[replica::num_replicas]
+        self.rows = sum(len(x) for x in every)
+
+    def loss(self, outputs: Tensor, index: int) -> Tensor:
+        noise = torch.rand_like(outputs)  # random numbers of a head
+        return ((outputs - self.targets[index]) ** 2 * noise).sum() / self.rows
+
+
+def coupled_loss(outputs: list[Tensor], replicas: World) -> tuple[Tensor, list[Tensor]]:
+    """`|sum of all representations|^2`, this replica's part."""
+    reps = torch.cat(outputs)
+    counts = collectives.counts_of(len(reps), replicas)
+    others = collectives.gather_rows(reps, counts, replicas)
+    d_others = 2 * reps.sum(0).expand_as(others)
+    d_reps = collectives.scatter_sum(d_others, counts, replicas)
+    return reps.sum(0) @ others.sum(0), list(d_reps.split([len(rep) for rep in outputs]))
+
+
+def plain_step(number: int, *, coupled: bool = False) -> dict[str, Any]:
+    """What a pipeline computes, by a loop over micro-batches and one backward pass."""
+    model, problem = cuts(), Problem(number, 0, 1)
+    outputs, losses = [], []
+    for index, x in enumerate(problem.inputs):
+        key = mixed(SEED, index)
+        hidden: Any = (x,)
+        for position, cut in enumerate(model):
+            torch.manual_seed(mixed(key, position))
+            hidden = cut(*hidden)
+            hidden = hidden if isinstance(hidden, tuple) else (hidden,)
+        outputs.append(hidden[0])
+        torch.manual_seed(mixed(key, len(model)))
+        losses.append(problem.loss(hidden[0], index))
+    loss = (torch.cat(outputs).sum(0) ** 2).sum() if coupled else torch.stack(losses).sum()
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "grads": _grads(model, range(len(model))),
+        "reps": [x.detach() for x in outputs],
+    }
+
+
+def _grads(model: list[nn.Module], positions: Any) -> dict[str, Tensor | None]:
+    return {
+        f"{position}.{name}": None if p.grad is None else p.grad.clone()
+        for position in positions
+        for name, p in model[position].named_parameters()
+    }
+
+
+def steps(
     num_stages: int,
     number: int,
-    *,
     limit: int | None = None,
-    checkpointing: bool = False,
     delays: tuple[float, ...] = (),
-    coupled: bool = False,
 ) -> dict[str, Any]:
-    """Loss, gradients by name and report of one step over `number` micro-batches of all replicas."""
-    world = collectives.World.current()
-    part = share_of(world.rank, num_stages)
-    whole = cuts()
-    for layer, delay in zip(whole[1:], delays, strict=False):
+    """A step, one with checkpointing, a coupled one and a sweep without graphs, of one model."""
+    world = World.current()
+    model = cuts()
+    for layer, delay in zip(model[1:], delays, strict=False):
         layer.delay = delay
-    with Pipeline(
-        whole[part],
-        num_stages=num_stages,
-        pipeline_limit=limit,
-        checkpointing=checkpointing,
-        timeout=30,
-    ) as pipeline:
-        place = pipeline.place
-        inputs = micro_batches(number)[place.replica :: place.num_replicas]
-        wanted = targets(number)[place.replica :: place.num_replicas]
-        rows = sum(len(x) for x in micro_batches(number))
-
-        def loss(outputs: Tensor, index: int) -> Tensor:
-            noise = torch.rand_like(outputs)  # keyed as well
-            return ((outputs - wanted[index]) ** 2 * noise).sum() / rows
-
-        def whole_loss(outputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            reps = torch.cat(outputs)
-            counts = collectives.counts_of(len(reps), pipeline.replicas)
-            others = collectives.gather_rows(reps, counts, pipeline.replicas)
-            d_others = 2 * reps.sum(0).expand_as(others)
-            d_mine = collectives.scatter_sum(d_others, counts, pipeline.replicas)
-            value = reps.sum(0) @ others.sum(0)
-            return value, list(d_mine.split([len(rep) for rep in outputs]))
-
-        before = torch.get_rng_state()
-        if coupled:
-            result = pipeline.coupled_step(inputs, whole_loss, seed=9)
-        else:
-            result = pipeline.step(inputs, differentiated(loss), seed=9)
-        assert torch.equal(before, torch.get_rng_state())
-        reps = pipeline.represent(inputs, seed=9)
-    return {
-        "loss": result.loss,
-        "grads": {
-            f"{number}.{name}": p.grad
-            for number, cut in enumerate(whole)
-            for name, p in cut.named_parameters()
-            if number in range(6)[part]
-        },
-        "report": result.report,
-        "reps": reps,
-    }
+    positions = range(len(model))[share_of(world.rank, num_stages)]
+    stage = [model[position] for position in positions]
+    made = {}
+    for name in ("step", "checkpointing", "coupled"):
+        with Pipeline(
+            stage,
+            num_stages=num_stages,
+            pipeline_limit=limit,
+            checkpointing=name != "step",
+            timeout=30,
+        ) as pipeline:
+            place, replicas = pipeline.place, pipeline.replicas
+            problem = Problem(number, place.replica, place.num_replicas)
+            before = torch.get_rng_state()
+            if name == "coupled":
+                result = pipeline.coupled_step(
+                    problem.inputs, lambda reps: coupled_loss(reps, replicas), seed=SEED
+                )
+            else:
+                loss = differentiated(problem.loss)
+                result = pipeline.step(problem.inputs, loss, seed=SEED)
+            assert torch.equal(before, torch.get_rng_state())
+            reps = pipeline.represent(problem.inputs, seed=SEED)
+        made[name] = {
+            "loss": result.loss,
+            "report": result.report,
+            "reps": reps,
+            "grads": _grads(model, positions),
+        }
+        for cut in stage:
+            cut.zero_grad()
+    return made

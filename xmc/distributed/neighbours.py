@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -263,7 +263,7 @@ class Links:
         """Tell the neighbours of a failure; True where all connections came to rest."""
         for receiver in self.receivers.values():
             receiver.drain()
-        until = time.monotonic() + _GRACE
+        until = time.monotonic() + min(self.timeout, _GRACE)
         for sender in self._senders:
             if sender.is_alive():
                 sender.put(Message.failure(text), max(until - time.monotonic(), 0.1))
@@ -283,7 +283,7 @@ class Links:
             f"{self.timeout:g} s, it did not"
         )
 
-    def _raise_lost(self, lost: Lost) -> None:
+    def _raise_lost(self, lost: Lost) -> NoReturn:
         """With the words of a failure, if some came before the connection was closed."""
         until = time.monotonic() + 1.0
         while (left := until - time.monotonic()) > 0:
@@ -307,4 +307,4 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
-_GRACE = 5.0  # seconds for the neighbours to hear of a failure
+_GRACE = 5.0  # seconds for the neighbours to hear of a failure, at most
