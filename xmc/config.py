@@ -306,6 +306,9 @@ class OptimizerConfig:
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of a transformer's encoder_optimizer only: each layer below the last learns at this share of
     the rate of the layer above it, the embeddings last. 1: all alike."""
+    offload: bool = False
+    """Of a transformer's encoder_optimizer only: keep its moments in the memory of the CPU. A step
+    copies them to the GPU and back, a part at a time; 8 bytes a weight less there."""
 
     def __post_init__(self) -> None:
         if self.moments == "float8" and self.kind not in ("adamw", "momentum"):
@@ -461,6 +464,11 @@ class Config:
             if decay != 1 and not layered:
                 raise ValueError(
                     f"{name}.layer_decay: expected 1, as only a transformer has layers, got {decay}"
+                )
+            if getattr(self, name).offload and not layered:
+                raise ValueError(
+                    f"{name}.offload: expected false, as only a transformer's moments can be "
+                    "offloaded, got true"
                 )
         if self.encoder_optimizer.kind != "adamw":
             raise ValueError(

@@ -119,6 +119,7 @@ EVERYTHING = [
     "encoder.lora_rank=4",
     "encoder_optimizer.layer_decay=0.8",
     "encoder_optimizer.weight_decay=0.01",
+    "encoder_optimizer.offload=true",
     "rewire.method=rigl",
     "rewire.interval=5",
     "auxiliary.kind=clusters",

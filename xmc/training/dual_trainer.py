@@ -16,7 +16,6 @@ from xmc.data.pairs import Pairs, epoch_pairs, trainable_labels
 from xmc.distributed.sharding import RowShard
 from xmc.losses import info_nce
 from xmc.model import XMCModel
-from xmc.nn.lazy import LazyAdamW
 from xmc.training.checkpoint import load_into
 from xmc.training.encoder_optimizer import clip_gradient_, make_encoder_optimizer
 from xmc.training.grad_cache import cached_step
@@ -204,7 +203,9 @@ class DualTrainer:
             group["lr"] = group["peak_lr"] * factor
 
 
-def _make_optimizer(trained: nn.Module, log_scale: nn.Parameter, config: Config) -> LazyAdamW:
+def _make_optimizer(
+    trained: nn.Module, log_scale: nn.Parameter, config: Config
+) -> torch.optim.Optimizer:
     """That of the encoders and, with a rate of its own and no decay, the temperature's."""
     optimizer = make_encoder_optimizer(trained, config)
     for group in optimizer.param_groups:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
+from xmc.distributed.offload import OffloadedAdamW
 from xmc.nn.layers import parameter_depths
 from xmc.nn.lazy import LazyAdamW, coalesced
 from xmc.nn.transformer import TransformerEncoder
 
 
-def make_encoder_optimizer(body: nn.Module, config: Config) -> LazyAdamW:
+def make_encoder_optimizer(body: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW with lazy rows for embedding tables; biases and norms are not decayed.
 
+    With `encoder_optimizer.offload` its state is in host memory, and no gradient may be sparse.
     Every group has an `lr_scale`, its share of the learning rate; that of the first is 1.
     """
     options = config.encoder_optimizer
@@ -25,7 +27,8 @@ def make_encoder_optimizer(body: nn.Module, config: Config) -> LazyAdamW:
         matrices, vectors = [p for p in chosen if p.dim() > 1], [p for p in chosen if p.dim() <= 1]
         for params, decay in ((matrices, options.weight_decay), (vectors, 0.0)):
             groups.append({"params": params, "weight_decay": decay, "lr_scale": scale})
-    return LazyAdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    optimizer = OffloadedAdamW if options.offload else LazyAdamW
+    return optimizer(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
 
 def _lr_scales(body: nn.Module, layer_decay: float) -> dict[Tensor, float]:

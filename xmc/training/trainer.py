@@ -251,7 +251,8 @@ class Trainer:
     def untouched_bytes(self) -> int:
         """Of moments that are not in memory yet, though the first step will touch them."""
         size = 0
-        if not self.optimizer.state:
+        offloaded = self.config.encoder_optimizer.offload and self.device.type == "cuda"
+        if not self.optimizer.state and not offloaded:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             size += sum(2 * p.numel() * p.itemsize for p in trained)
         for head in self._classifiers():
