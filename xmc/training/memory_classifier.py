@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
+from xmc.distributed.collectives import World
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
@@ -15,6 +16,7 @@ from xmc.heads.order import is_arranged
 from xmc.nn.clusters import num_clusters_for
 from xmc.nn.fan_in import FixedFanInLinear
 from xmc.training.memory_component import MIB, Component
+from xmc.training.scale_ranks import ALONE, Ranks
 from xmc.training.workload import Workload
 from xmc_kernels.checks import compiled_on_cpu
 from xmc_kernels.layer import Layer
@@ -38,9 +40,9 @@ _MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2, "adagrad": 1}  # of each weight
 
 @dataclass(frozen=True)
 class Classifier:
-    """Bytes of a classifier head, counted on the head itself without its numbers."""
+    """Bytes of a classifier head on a rank, counted on the head itself without its numbers."""
 
-    num_labels: int
+    num_labels: int  # of this rank
     in_features: int  # D
     bag_features: int  # V, where labels read features of bags too, else 0
     fan_in: int  # of both kinds
@@ -69,18 +71,27 @@ class Classifier:
 
 
 def make_classifier(
-    config: Config, in_features: int, num_labels: int, num_bag_features: int
+    config: Config,
+    in_features: int,
+    num_labels: int,  # on all ranks
+    num_bag_features: int,
+    world_size: int = 1,
 ) -> Classifier:
-    """Count a head of the recipe. Raises ValueError for sizes that do not fit."""
-    options = config.head
+    """Count a head of the recipe, that of rank 0, which has the most labels.
+
+    Raises ValueError for sizes that do not fit and for fewer groups of labels than ranks.
+    """
+    options, world = config.head, World(0, world_size)
     make = ArrangedHead if is_arranged(num_labels, options) else ClassifierHead
     others = (num_labels, options, config.classifier_optimizer)
     head: nn.Module
     with torch.device("meta"):
         if options.bag_fan_in:
-            head = BagClassifierHead.from_options(in_features, num_bag_features, *others)
+            head = BagClassifierHead.from_options(
+                in_features, num_bag_features, *others, world=world
+            )
         else:
-            head = make.from_config(in_features, *others)
+            head = make.from_config(in_features, *others, world=world)
         x = torch.empty(1, in_features)
     sizes = {"weight": 0, "index_bytes": 0}
     rest = num_weights = 0
@@ -91,16 +102,17 @@ def make_classifier(
         else:
             rest += _bytes(tensor)
         num_weights += tensor.numel() if kind == "weight" else 0
-    # Made later: what a positive counts, and the row of each label.
-    rest += 4 * num_labels * ((options.positive_weight != "none") + (make is ArrangedHead))
     layers = [m for m in head.modules() if isinstance(m, FixedFanInLinear | nn.Linear)]
+    own = min(num_labels, sum(layer.out_features for layer in layers))  # phantom rows are none
+    # Made later: what a positive counts, and the row of each label, of those of other ranks too.
+    rest += 4 * own * (options.positive_weight != "none") + 4 * num_labels * (make is ArrangedHead)
     words = options.bag_fan_in
     reads = options.fan_in + words if options.kind == "sparse" else in_features
     storage = f"{num_weights:,} {options.weight_dtype} numbers, {reads} a label"
     optimizer = config.classifier_optimizer
     compiled = all(compiled_on_cpu(x, _layer(layer)) for layer in layers)
     return Classifier(
-        num_labels=num_labels,
+        num_labels=own,
         in_features=in_features,
         bag_features=num_bag_features if words else 0,
         fan_in=reads,
@@ -110,7 +122,7 @@ def make_classifier(
         indices=sizes["index_bytes"],
         rest=rest,
         moments=sum(_bytes(tensor) for tensor in head.training_state().values()),
-        local_index=4 * num_labels * reads if words else 0,
+        local_index=4 * own * reads if words else 0,
         num_weights=num_weights,
         compiled=compiled,
         fused=compiled and optimizer.moments == "float32",
@@ -200,11 +212,16 @@ def rewiring(classifier: Classifier, config: Config, reps: int) -> Component:
     return Component("rewiring", _REWIRE_BYTES * at_once + extra, why)
 
 
-def auxiliary_head(config: Config, num_labels: int, in_features: int) -> Component:
-    """Dense over clusters, with AdamW's moments; present until its cut-off."""
+def auxiliary_head(
+    config: Config, num_labels: int, in_features: int, ranks: Ranks = ALONE
+) -> Component:
+    """Dense over clusters, with AdamW's moments; present until its cut-off.
+
+    Clusters are divided over ranks, which label is in which is known to all.
+    """
     if config.auxiliary.kind == "none":
         return Component("auxiliary head", 0, "")
-    clusters = num_clusters_for(num_labels, config.auxiliary.max_labels)
+    clusters = ranks.share(num_clusters_for(num_labels, config.auxiliary.max_labels))
     numbers = 4 * clusters * (in_features + 1) * 3 + 12 * num_labels
     numbers += 4 * clusters * in_features if _accumulates(config) else 0
     return Component(

@@ -17,10 +17,11 @@ import torch
 
 from xmc.config import Config, ConfigError
 from xmc.nn.encoder import BagEncoder
-from xmc.nn.layers import freeze_
+from xmc.nn.layers import freeze_, layers_of
 from xmc.nn.lora import add_lora_
 from xmc.nn.transformer import TransformerEncoder
 from xmc.training.memory_component import MIB, Component
+from xmc.training.scale_ranks import ALONE, Ranks
 from xmc.training.workload import Workload
 
 _MAPPED = 32 * MIB  # glibc's largest threshold of mapped blocks
@@ -36,6 +37,8 @@ class Transformer:
     heads: int
     layers: int
     attention_dropout: float
+    layer_weights: int  # of the largest layer
+    other_weights: int  # outside layers: embeddings, pooler
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Encoder:
     weights: int  # all
     trained: int  # those with moments and, but for a table, a dense gradient
     table: int  # of these, rows x D of a bag's table, whose gradient is sparse
+    between: int  # of these, in the layer between encoder and head
     transformer: Transformer | None
 
 
@@ -68,7 +72,7 @@ def make_encoder(config: Config, workload: Workload) -> Encoder:
             encoder = BagEncoder(workload.num_features, options.dim)
         else:
             encoder = TransformerEncoder.from_config(options.model)
-            transformer = _transformer(encoder.config)
+            transformer = _transformer(encoder)
             if options.lora_rank:
                 add_lora_(encoder.model, rank=options.lora_rank, alpha=options.lora_alpha)
             freeze_(encoder.model, options.freeze_layers)
@@ -82,6 +86,7 @@ def make_encoder(config: Config, workload: Workload) -> Encoder:
         weights=sum(p.numel() for p in parameters) + between,
         trained=sum(p.numel() for p in parameters if p.requires_grad) + between,
         table=workload.num_features * dim if options.kind == "bag" else 0,
+        between=between,
         transformer=transformer,
     )
 
@@ -97,29 +102,60 @@ def passes_of(config: Config) -> tuple[int, int]:
     return rows, math.ceil(step_rows / rows)
 
 
-def encoder_weights(encoder: Encoder) -> list[Component]:
+def encoder_weights(encoder: Encoder, ranks: Ranks = ALONE) -> list[Component]:
     what = "a transformer" if encoder.transformer else "V x D"
-    return [Component("encoder weights", 4 * encoder.weights, f"{what}, float32")]
+    if not ranks.divides(encoder.transformer):
+        return [Component("encoder weights", 4 * encoder.weights, f"{what}, float32")]
+    own = ranks.share(encoder.weights - encoder.between) + encoder.between
+    return [Component("encoder weights", 4 * own, f"{what}, float32, divided over ranks")]
 
 
-def encoder_moments(encoder: Encoder) -> list[Component]:
+def encoder_moments(encoder: Encoder, ranks: Ranks = ALONE) -> list[Component]:
     lazy = "; rows that no batch has touched take none yet" if encoder.table else ""
-    return [Component("encoder moments", 8 * encoder.trained, f"AdamW, two numbers each{lazy}")]
+    own = encoder.trained
+    if ranks.divides(encoder.transformer):
+        own = ranks.share(encoder.trained - encoder.between) + encoder.between
+    return [Component("encoder moments", 8 * own, f"AdamW, two numbers each{lazy}")]
+
+
+def encoder_replica(encoder: Encoder, ranks: Ranks) -> list[Component]:
+    """What DDP keeps for good, or FSDP gathers while the encoder runs; nothing for one rank.
+
+    DDP's gradients are views of buckets that stay allocated. FSDP has a layer gathered and the next
+    one on its way, and the weights outside layers from the first to the last of a pass.
+    """
+    shape = encoder.transformer
+    if shape is None or ranks.size == 1:
+        return []
+    if ranks.divides(shape):
+        size = 4 * (shape.other_weights + 2 * shape.layer_weights)
+        return [Component("gathered layers", size, "two layers at a time, and embeddings")]
+    size = 4 * (encoder.trained - encoder.between)
+    return [Component("gradient buckets", size, "of DDP, float32: they stay allocated")]
 
 
 def encoder_pass(
-    encoder: Encoder, config: Config, workload: Workload, *, cuda: bool
+    encoder: Encoder, config: Config, workload: Workload, ranks: Ranks = ALONE, *, cuda: bool
 ) -> list[Component]:
-    """Activations and gradients while a step is taken, and the representations."""
-    rows, passes = passes_of(config)
+    """Activations and gradients while a step is taken, and the representations.
+
+    Of a rank's rows; what `encoder_replica` counts is not in it.
+    """
+    whole, passes = passes_of(config)
+    rows = ranks.share(whole)
     width = encoder.out_features + encoder.head_features
     reps = [Component("representations", 4 * 4 * rows * width, "[B, D] and their gradients")]
     dense_gradient = 4 * (encoder.trained - encoder.table)
     if encoder.table:
-        touched = min(encoder.table // encoder.out_features, round(rows * workload.row_entries))
+        touched = _touched(encoder, workload, rows)
         copies = 1 if passes == 1 else 2 * passes  # rows of each pass, and joined with the others
         size = dense_gradient + 4 * encoder.out_features * touched * copies
         return [*reps, Component("encoder gradient", size, "rows of the table that a step touches")]
+    if ranks.divides(encoder.transformer):
+        # Summed in the last pass of a step: whole until then.
+        dense_gradient = ranks.share(dense_gradient) + (dense_gradient if passes > 1 else 0)
+    elif ranks.size > 1:
+        dense_gradient = 4 * encoder.between
     activations = activation_bytes(encoder, config, rows, cuda=cuda)
     if not cuda:
         reps.append(fragments(encoder, config, rows, activations))
@@ -132,6 +168,16 @@ def encoder_pass(
         Component("encoder activations", activations, f"{rows} rows of the longest texts"),
         Component("encoder gradient", dense_gradient, f"float32, added up over {passes} passes"),
     ]
+
+
+def touched_rows(encoder: Encoder, config: Config, workload: Workload, ranks: Ranks) -> int:
+    """Rows of a bag's table that a rank's part of a step touches, at most."""
+    rows, passes = passes_of(config)
+    return _touched(encoder, workload, passes * ranks.share(rows))
+
+
+def _touched(encoder: Encoder, workload: Workload, rows: int) -> int:
+    return min(encoder.table // encoder.out_features, round(rows * workload.row_entries))
 
 
 def fragments(encoder: Encoder, config: Config, rows: int, activations: int) -> Component:
@@ -204,18 +250,32 @@ def evaluation_pass(encoder: Encoder, config: Config, rows: int) -> Component:
     return Component("encoder, no gradient", size, f"one layer's activations of {rows} rows")
 
 
-def _transformer(config: Any) -> Transformer:
+def _transformer(encoder: TransformerEncoder) -> Transformer:
     """Sizes from a Hugging Face config, under the names its families use."""
+    config: Any = encoder.config
 
     def first(*names: str) -> Any:
         found = [getattr(config, name, None) for name in names]
         return next((value for value in found if value is not None), None)
 
     hidden = int(config.hidden_size)
+    weights = sum(p.numel() for p in encoder.parameters())
+    layers = _layer_weights(encoder)
     return Transformer(
         hidden=hidden,
         inner=int(first("intermediate_size", "hidden_dim", "ffn_dim", "d_ff") or 4 * hidden),
         heads=int(first("num_attention_heads", "num_heads") or 1),
         layers=int(first("num_hidden_layers", "num_layers") or 1),
         attention_dropout=float(first("attention_probs_dropout_prob", "attention_dropout") or 0.0),
+        layer_weights=max(layers),
+        other_weights=weights - sum(layers),
     )
+
+
+def _layer_weights(encoder: TransformerEncoder) -> list[int]:
+    """Numbers of weights by layer; of a model without a list of layers, as one."""
+    try:
+        _, layers = layers_of(encoder.model)
+    except ValueError:
+        return [sum(p.numel() for p in encoder.parameters())]
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers]

@@ -36,11 +36,14 @@ from xmc.training.memory_encoder import (
     Encoder,
     encoder_moments,
     encoder_pass,
+    encoder_replica,
     encoder_weights,
     evaluation_pass,
     make_encoder,
     passes_of,
 )
+from xmc.training.scale_memory import gathered_parts, gathered_validation, ranks_process
+from xmc.training.scale_ranks import Ranks
 from xmc.training.workload import Workload
 
 Device = Literal["cpu", "cuda"]
@@ -55,7 +58,7 @@ _PREDICTION_ROWS = 256  # `Predictor.stream`
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model whose memory is counted, and where."""
+    """The model whose memory is counted, and where: on the first of these ranks."""
 
     config: Config
     workload: Workload
@@ -63,35 +66,48 @@ class Sizes:
     classifier: Classifier
     device: Device
     threads: int
+    ranks: Ranks
 
     @property
     def cuda(self) -> bool:
         return self.device == "cuda"
 
 
-def make_sizes(config: Config, workload: Workload, device: Device = "cpu") -> Sizes:
-    """Build the modules on the meta device. Raises ValueError for sizes that do not fit."""
-    encoder = make_encoder(config, workload)
+def make_sizes(
+    config: Config,
+    workload: Workload,
+    device: Device = "cpu",
+    *,
+    world_size: int = 1,
+    encoder: Encoder | None = None,
+) -> Sizes:
+    """Build the modules on the meta device, or all but a known encoder.
+
+    Raises ValueError for sizes that do not fit.
+    """
+    encoder = encoder or make_encoder(config, workload)
     classifier = make_classifier(
-        config, encoder.head_features, workload.num_labels, workload.num_features
+        *(config, encoder.head_features, workload.num_labels, workload.num_features), world_size
     )
-    return Sizes(config, workload, encoder, classifier, device, torch.get_num_threads())
+    ranks = Ranks(world_size, config.train.data_parallel)
+    return Sizes(config, workload, encoder, classifier, device, torch.get_num_threads(), ranks)
 
 
 def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
     """Components by phase of a training; empty ones are left out."""
     config, workload = sizes.config, sizes.workload
-    encoder, classifier = sizes.encoder, sizes.classifier
+    encoder, classifier, ranks = sizes.encoder, sizes.classifier, sizes.ranks
     base = [*process(sizes), label_names(workload), vocabulary(config, workload)]
     model = [
         *stored_weights(classifier),
         *moments(classifier),
-        *encoder_weights(encoder),
-        *encoder_moments(encoder),
+        *encoder_weights(encoder, ranks),
+        *encoder_moments(encoder, ranks),
+        *encoder_replica(encoder, ranks),
         training_labels(workload),
         allocator(classifier),
     ]
-    auxiliary = auxiliary_head(config, workload.num_labels, encoder.out_features)
+    auxiliary = auxiliary_head(config, workload.num_labels, encoder.out_features, ranks)
     rows, passes = passes_of(config)
     eval_rows = config.train.eval_batch_size
     phases = {
@@ -101,13 +117,15 @@ def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
             accumulated_gradient(classifier, passes),
             training_step(classifier, workload, rows, cuda=sizes.cuda, threads=sizes.threads),
             *read_bags(classifier, workload, rows),
-            *encoder_pass(encoder, config, workload, cuda=sizes.cuda),
+            *encoder_pass(encoder, config, workload, ranks, cuda=sizes.cuda),
+            *gathered_parts(encoder, config, workload, ranks, cuda=sizes.cuda),
         ],
         "validation": [
             *(*base, *model, auxiliary),
             validation_topk(classifier, workload, eval_rows, sizes.threads),
             *read_bags(classifier, workload, eval_rows),
-            evaluation_pass(encoder, config, eval_rows),
+            evaluation_pass(encoder, config, ranks.share(eval_rows)),
+            *gathered_validation(encoder, config, ranks, cuda=sizes.cuda),
         ],
     }
     if config.rewire.method != "static":
@@ -120,7 +138,7 @@ def training_phases(sizes: Sizes) -> dict[str, list[Component]]:
         start = [
             *process(sizes, libraries=_IMPORTS),
             *(label_names(workload), vocabulary(config, workload), training_labels(workload)),
-            *(*stored_weights(classifier), *encoder_weights(encoder)),
+            *(*stored_weights(classifier), *encoder_weights(encoder, ranks)),
         ]
         phases["drawing inputs"] = [*start, drawing_inputs(classifier)]
         phases["choosing features"] = [*start, choosing_features(classifier, workload)]
@@ -162,7 +180,7 @@ def process(sizes: Sizes, *, libraries: int = _LIBRARIES) -> list[Component]:
     ]
     if sizes.cuda:
         parts.append(Component("CUDA context", _CUDA_CONTEXT, "driver and libraries: assumed"))
-    return parts
+    return [*parts, *ranks_process(sizes.ranks, cuda=sizes.cuda)]
 
 
 def label_names(workload: Workload) -> Component:

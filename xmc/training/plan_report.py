@@ -17,8 +17,10 @@ def render(plan: Plan) -> Group:
     """Peak of training by component, prediction, time, verdict and what to change."""
     phase = plan.peak_phase
     parts: list[Table | Text] = [
-        _table(f"training: {phase}", plan.device_part(phase)),
-        _table("prediction", [p for p in plan.prediction if plan.device == "cpu" or not p.host]),
+        component_table(f"training: {phase}", plan.device_part(phase)),
+        component_table(
+            "prediction", [p for p in plan.prediction if plan.device == "cpu" or not p.host]
+        ),
         Text("\n".join([*_sizes(plan), *_time(plan), "", *_verdict(plan)])),
     ]
     return Group(*parts)
@@ -35,9 +37,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "peak_bytes_above_torch": plan.peak_above_torch,
         "peak_phase": plan.peak_phase,
         "training": {
-            name: [_component(part) for part in parts] for name, parts in plan.phases.items()
+            name: [component_values(part) for part in parts] for name, parts in plan.phases.items()
         },
-        "prediction": [_component(part) for part in plan.prediction],
+        "prediction": [component_values(part) for part in plan.prediction],
         "bytes_per_label": plan.bytes_per_label,
         "classifier_bytes": plan.classifier,
         "dense_classifier_bytes": plan.dense,
@@ -52,7 +54,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _table(title: str, parts: list[Component]) -> Table:
+def component_table(title: str, parts: list[Component]) -> Table:
+    """Components of one peak, the largest first."""
     whole = total(parts)
     table = Table(title=title, title_justify="left", show_footer=True)
     table.add_column("component", "peak")
@@ -90,10 +93,10 @@ def _time(plan: Plan) -> list[str]:
         return [f"time: {reason}"]
     time = plan.time
     return [
-        f"a step takes about {_duration(time.step)} here (encoder {_duration(time.encoder)}, "
-        f"classifier {_duration(time.classifier)}), an epoch of {time.steps_per_epoch:,} steps "
-        f"{_duration(time.epoch)}, {plan.config.train.epochs} epochs "
-        f"{_duration(time.epoch * plan.config.train.epochs)}"
+        f"a step takes about {duration(time.step)} here (encoder {duration(time.encoder)}, "
+        f"classifier {duration(time.classifier)}), an epoch of {time.steps_per_epoch:,} steps "
+        f"{duration(time.epoch)}, {plan.config.train.epochs} epochs "
+        f"{duration(time.epoch * plan.config.train.epochs)}"
     ]
 
 
@@ -128,11 +131,15 @@ def _recommended(plan: Plan) -> list[str]:
     ]
 
 
-def _component(part: Component) -> dict[str, Any]:
+def component_values(part: Component) -> dict[str, Any]:
+    """A component for JSON."""
     return {"name": part.name, "bytes": part.bytes, "why": part.why, "host": part.host}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Three digits in a unit that suits."""
+    if 0 < seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 120:

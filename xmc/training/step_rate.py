@@ -53,11 +53,11 @@ def measure_step(sizes: Sizes) -> StepTime:
     step_rows = config.train.batch_size * config.train.accumulation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier = passes * _classifier_seconds(sizes, rows)
+        classifier = passes * classifier_seconds(sizes, rows)
         if sizes.encoder.transformer is None:
-            encoder = passes * _bag_seconds(sizes, rows)
+            encoder = passes * bag_seconds(sizes, rows)
         else:
-            encoder = _transformer_seconds(sizes, step_rows)
+            encoder = transformer_seconds(sizes, step_rows)
     return StepTime(encoder, classifier, -(-workload.num_rows // step_rows))
 
 
@@ -75,10 +75,10 @@ def transformer_operations(sizes: Sizes, rows: int) -> float:
     return rows * length * forward * (3 + again)
 
 
-def _classifier_seconds(sizes: Sizes, rows: int) -> float:
-    """Of one pass over all labels."""
+def classifier_seconds(sizes: Sizes, rows: int, num_labels: int | None = None) -> float:
+    """Of one pass over all labels, or over as many as these."""
     group = sizes.config.head.group_size
-    most = sizes.workload.num_labels
+    most = num_labels or sizes.workload.num_labels
     labels = min(most, max(1, 4096 // group) * group)
     while True:
         step = _classifier_step(sizes, labels, rows)
@@ -110,7 +110,7 @@ def _classifier_step(sizes: Sizes, num_labels: int, rows: int) -> Callable[[], o
     return lambda: head.loss_and_grad(reps, labels)
 
 
-def _bag_seconds(sizes: Sizes, rows: int) -> float:
+def bag_seconds(sizes: Sizes, rows: int, *, update: bool = True) -> float:
     """Of forward, backward and update of a bag encoder, and of joining bags that labels read."""
     options = sizes.config.encoder
     table_rows = min(sizes.workload.num_features, _TABLE_ROWS)
@@ -123,7 +123,8 @@ def _bag_seconds(sizes: Sizes, rows: int) -> float:
         if head.bag_fan_in:
             reps = _joined(reps, bag, head).values
         reps.backward(torch.ones_like(reps))
-        optimizer.step()
+        if update:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return _seconds(step, repeats=2)
@@ -140,7 +141,7 @@ def _joined(reps: Tensor, bag: Bag, head: HeadConfig) -> BagReps:
     return join_bag(reps, bag, head.bag_scale, least=head.fan_in + head.bag_fan_in)
 
 
-def _transformer_seconds(sizes: Sizes, rows: int) -> float:
+def transformer_seconds(sizes: Sizes, rows: int) -> float:
     """Counted operations at the rate of a product of the feed-forward layer's shape."""
     shape = sizes.encoder.transformer
     assert shape is not None
