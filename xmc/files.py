@@ -19,11 +19,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        _sync(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        publish_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Sync a file, then rename it to `path` beside it, which it replaces."""
+    _sync(temporary)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
     _sync(path.parent)
 
 
@@ -51,13 +56,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        for entry in temporary.rglob("*"):
-            _sync(entry)
-        _sync(temporary)
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, path)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Sync a folder and all that is in it, then rename it to `path` beside it."""
+    for entry in temporary.rglob("*"):
+        _sync(entry)
+    _sync(temporary)
+    os.chmod(temporary, 0o755)
+    os.rename(temporary, path)
     _sync(path.parent)
 
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xmc.config import Config, ConfigError, from_dict, to_dict
 from xmc.data.features import Features, load_features
 from xmc.distributed.collectives import World, gather_rows
 from xmc.distributed.sharding import RowShard
+from xmc.distributed.tensor_file import save_tensors
+from xmc.distributed.together import on_rank
 from xmc.files import write_file, write_json
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.bag import BagClassifierHead
@@ -211,31 +212,47 @@ def build_model(
 
 
 def save_model(model: XMCModel, folder: Path) -> None:
-    """Write a complete model folder, part by part; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.features.save(folder / "features")
-    if isinstance(model.encoder, TransformerEncoder):
-        model.encoder.save_config(folder / "encoder")
-    text = json.dumps(model.labels, ensure_ascii=False).encode()
-    write_file(folder / "labels.json.gz", lambda path: _write_gzip(path, text))
-    save_weights(model, folder)
+    """Write a complete model folder, part by part; each file appears whole or not at all.
+
+    All ranks of the model call this. The first writes; an error of one is an error on all of them.
+    """
     record = {
         "version": _VERSION,
         "num_labels": len(model.labels),
         "num_features": model.features.num_features,
         "config": to_dict(model.config),
     }
-    write_json(folder / "model.json", record)
+
+    def describe() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.features.save(folder / "features")
+        if isinstance(model.encoder, TransformerEncoder):
+            model.encoder.save_config(folder / "encoder")
+        text = json.dumps(model.labels, ensure_ascii=False).encode()
+        write_file(folder / "labels.json.gz", lambda path: _write_gzip(path, text))
+
+    on_rank(0, describe, model.world)
+    save_weights(model, folder)
+    on_rank(0, lambda: write_json(folder / "model.json", record), model.world)
 
 
 def save_weights(model: XMCModel, folder: Path) -> None:
-    """Replace `weights.safetensors` in one rename; adapters are merged into what they adapt."""
-    tensors = {name: tensor.contiguous() for name, tensor in merged_weights(model).items()}
-    write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path))
+    """Replace `weights.safetensors` in one rename; adapters are merged into what they adapt.
+
+    All ranks of the model call this and the first writes, the same bytes for any number of them.
+    It is sent the others' rows and holds a block of them at a time.
+    """
+    tensors = merged_weights(model)
+    shards = {name: rows for name, rows in model.row_shards().items() if name in tensors}
+    path = folder / "weights.safetensors"
+    save_tensors(path, tensors, world=model.world, row_shards=shards)
 
 
-def load_model(folder: Path) -> XMCModel:
-    """Read a model folder. Raises ModelError naming the file that is missing or damaged."""
+def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
+    """Read a model folder, on several ranks each the classifier's rows of a part of the labels.
+
+    Raises ModelError naming the file that is missing or damaged.
+    """
     record = _read_record(folder / "model.json")
     config = record["config"]
     labels = _read_labels(folder / "labels.json.gz", record["num_labels"])
@@ -249,10 +266,13 @@ def load_model(folder: Path) -> XMCModel:
         if config.train.objective == "contrastive":
             model = _retrieval_model(config, features, labels, encoder, intermediate)
         else:
-            head = _build_head(config, width, len(labels), num_bag_features=features.num_features)
+            num_bag_features = features.num_features
+            head = _build_head(
+                config, width, len(labels), num_bag_features=num_bag_features, world=world
+            )
             model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
-    tensors = _read_tensors(path)
+    tensors = _read_tensors(path, row_shards=model.row_shards())
     try:
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, ValueError) as error:
@@ -276,15 +296,34 @@ def read_label_embeddings(source: str | Path, labels: list[str]) -> Tensor:  # [
     return _read_tensors(folder / "weights.safetensors", ["head.embeddings"])["head.embeddings"]
 
 
-def _read_tensors(path: Path, wanted: list[str] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, or those of some names."""
+def _read_tensors(
+    path: Path,
+    wanted: list[str] | None = None,
+    row_shards: Mapping[str, RowShard] | None = None,
+) -> dict[str, Tensor]:
+    """All tensors of a file, or those of some names; of those in `row_shards` these rows."""
+    shards = row_shards or {}
     try:
         with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in wanted or handle.keys()}
+            return {
+                name: _read_rows(path, handle.get_slice(name), name, shards[name])
+                if name in shards
+                else handle.get_tensor(name)
+                for name in wanted or handle.keys()
+            }
     except FileNotFoundError:
         raise ModelError(f"{path}: missing") from None
     except SafetensorError as error:
         raise ModelError(_not_weights(path, error)) from None
+
+
+def _read_rows(path: Path, saved: Any, name: str, rows: RowShard) -> Tensor:
+    """Some rows of a tensor in a file, which maps them into memory until they are changed."""
+    shape = saved.get_shape()
+    if shape[:1] != [rows.total]:
+        raise ModelError(f"{path}: expected {rows.total} rows of {name}, got shape {shape}")
+    part: Tensor = saved[rows.start : rows.stop]
+    return part
 
 
 def _not_weights(path: Path, error: Exception) -> str:

@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, tensors: dict[str, Tensor]) ->
     [
         ("{", "not a checkpoint state"),
         ("[]", "not a checkpoint state"),
-        (json.dumps({"version": 9, "bytes": 1, "sha256": "", "state": {}}), "expected version 1"),
+        (json.dumps({"version": 9, "bytes": 1, "sha256": "", "state": {}}), "expected version 2"),
     ],
 )
 def test_a_bad_state_is_named(
