@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from xmc.losses.gradient import differentiable
+from xmc.distributed.collectives import World
+from xmc.losses import over_ranks
+from xmc.losses.exchange import Exchange
+from xmc.losses.gradient import Compute, differentiable
 from xmc.losses.targets import (
     checked_weights,
     designated,
@@ -34,6 +37,9 @@ def info_nce(
     weights: Tensor | None = None,  # [Bq]
     decoupled: bool = False,
     positive_weights: Tensor | None = None,  # [nnz]
+    world: World = World.alone(),
+    exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [] float32, float64 where q is
     """Cross-entropy of the rows of `S = scale * q @ k.T` with their positives; S is never whole.
 
@@ -53,9 +59,36 @@ def info_nce(
     needs no gradient costs none. Of sizes [Bq, Bk] exist tiles alone, and the gradients are made
     with the loss: memory beside them does not grow with Bq * Bk.
 
+    With a `world` of several ranks q, k and all that goes with them are this rank's rows, and the
+    loss that of the rows of all ranks, joined in order of rank: see `xmc.losses`.
+
     Raises ValueError or TypeError where arguments do not fit together, on features or a scale that
     are not finite, positives that are no keys and weights below 0.
     """
+    way = Exchange(world, exchange, wire_dtype)
+    if world.size == 1:
+        given = (positives, query_ids, key_ids, symmetric, weights, decoupled, positive_weights)
+        compute = _of_one_process(q, k, *given)
+    else:
+        compute = _of_all_ranks(
+            *(q, k, number(scale, q), symmetric, positives, query_ids, key_ids, weights),
+            *(decoupled, positive_weights, way),
+        )
+    return differentiable(compute, q, k, number(scale, q))
+
+
+def _of_one_process(
+    q: Tensor,
+    k: Tensor,
+    positives: SparseLabels | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    symmetric: bool,
+    weights: Tensor | None,
+    decoupled: bool,
+    positive_weights: Tensor | None,
+) -> Compute:
+    """All pairs at once: the operation may keep tiles of its first pass for the second."""
     pairs = designated(q, k, positives, query_ids, key_ids)
     row, column = _targets(pairs, q, k, symmetric, weights, positive_weights)
 
@@ -71,7 +104,56 @@ def info_nce(
             want_k=want_k,
         )
 
-    return differentiable(compute, q, k, number(scale, q))
+    return compute
+
+
+def _of_all_ranks(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    symmetric: bool,
+    positives: SparseLabels | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    weights: Tensor | None,
+    decoupled: bool,
+    positive_weights: Tensor | None,
+    exchange: Exchange,
+) -> Compute:
+    """Keys block by block; what a row or column weighs is divided by the sum of all ranks."""
+    own: list[Tensor] = []
+
+    def shares() -> Tensor:
+        """Of each pair in its row; what a pair counts goes into `own` beside the rows' weights."""
+        pairs = designated(q, k, positives, query_ids, key_ids, check_keys=False)
+        row_weights = checked_weights(weights, len(q), q)
+        values = checked_weights(positive_weights, pairs.num_pairs, q, "positive_weights")
+        own[:] = [row_weights, values]
+        queries = rows_of(pairs)
+        return row_weights[queries] * normalised(values, queries, len(q))
+
+    rows, share, total = over_ranks.agree(
+        *(q, k, positives, query_ids, key_ids, exchange),
+        numbers={"scale": scale},
+        options={"symmetric": symmetric, "decoupled": decoupled},
+        weights=shares,
+    )
+    row_weights, values = own
+    row = share / total if total > 0 else torch.zeros_like(share)
+
+    def compute(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+        (q, k, scale), (want_q, want_k, want_scale) = tensors, wanted
+        return over_ranks.softmax_loss(
+            *(q, k, scale, rows),
+            row / 2 if symmetric else row,
+            values,
+            row_weights if symmetric else None,
+            decoupled=decoupled,
+            want_q=want_q or (want_scale and not want_k),
+            want_k=want_k,
+        )
+
+    return compute
 
 
 def _targets(
@@ -132,6 +214,9 @@ class InfoNCE(nn.Module):
         key_ids: Tensor | None = None,
         weights: Tensor | None = None,
         positive_weights: Tensor | None = None,
+        world: World = World.alone(),
+        exchange: str = "auto",
+        wire_dtype: torch.dtype | None = None,
     ) -> Tensor:  # []
         """The loss; arguments as in `info_nce`."""
         if self.training and self.log_scale.requires_grad:
@@ -148,6 +233,9 @@ class InfoNCE(nn.Module):
             weights=weights,
             decoupled=self.decoupled,
             positive_weights=positive_weights,
+            world=world,
+            exchange=exchange,
+            wire_dtype=wire_dtype,
         )
 
     def extra_repr(self) -> str:

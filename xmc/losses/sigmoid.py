@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from xmc.losses.gradient import differentiable
+from xmc.distributed.collectives import World
+from xmc.losses import over_ranks
+from xmc.losses.exchange import Exchange
+from xmc.losses.gradient import Compute, differentiable
 from xmc.losses.targets import checked_weights, designated, mean_weights, number
 from xmc.types import SparseLabels
 from xmc_kernels import similarity
@@ -24,13 +27,32 @@ def sigmoid_loss(
     query_ids: Tensor | None = None,  # [Bq] int64
     key_ids: Tensor | None = None,  # [Bk] int64
     weights: Tensor | None = None,  # [Bq]
+    world: World = World.alone(),
+    exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [] float32, float64 where q is
     """`-mean_i sum_j log sigmoid(y_ij * (scale * q_i . k_j + bias))`, y = 1 for positives, else -1.
 
     SigLIP, arXiv 2303.15343, eq. 1; the mean is weighted by `weights`. Positives, masks by ids,
     errors and memory as in `info_nce`, but rows without positives count: their pairs are
-    negatives. Differentiable once, in q, k, scale and bias.
+    negatives. Differentiable once, in q, k, scale and bias. Ranks as in `info_nce`.
     """
+    way, numbers = Exchange(world, exchange, wire_dtype), (number(scale, q), number(bias, q))
+    if world.size == 1:
+        compute = _of_one_process(q, k, positives, query_ids, key_ids, weights)
+    else:
+        compute = _of_all_ranks(q, k, *numbers, positives, query_ids, key_ids, weights, way)
+    return differentiable(compute, q, k, *numbers)
+
+
+def _of_one_process(
+    q: Tensor,
+    k: Tensor,
+    positives: SparseLabels | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    weights: Tensor | None,
+) -> Compute:
     pairs = designated(q, k, positives, query_ids, key_ids)
     row_weight = mean_weights(checked_weights(weights, len(q), q))
 
@@ -44,7 +66,37 @@ def sigmoid_loss(
             want_k=want_k,
         )
 
-    return differentiable(compute, q, k, number(scale, q), number(bias, q))
+    return compute
+
+
+def _of_all_ranks(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positives: SparseLabels | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    weights: Tensor | None,
+    exchange: Exchange,
+) -> Compute:
+    rows, row_weights, total = over_ranks.agree(
+        *(q, k, positives, query_ids, key_ids, exchange),
+        numbers={"scale": scale, "bias": bias},
+        options={},
+        weights=lambda: checked_weights(weights, len(q), q),
+    )
+    row_weight = row_weights / total if total > 0 else torch.zeros_like(row_weights)
+
+    def compute(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+        (q, k, scale, bias), (want_q, want_k, want_scale, _) = tensors, wanted
+        return over_ranks.sigmoid_loss(
+            *(q, k, scale, bias, rows, row_weight),
+            want_q=want_q or (want_scale and not want_k),
+            want_k=want_k,
+        )
+
+    return compute
 
 
 class SigmoidLoss(nn.Module):
@@ -74,6 +126,9 @@ class SigmoidLoss(nn.Module):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         weights: Tensor | None = None,
+        world: World = World.alone(),
+        exchange: str = "auto",
+        wire_dtype: torch.dtype | None = None,
     ) -> Tensor:  # []
         """The loss; arguments as in `sigmoid_loss`."""
         return sigmoid_loss(
@@ -85,6 +140,9 @@ class SigmoidLoss(nn.Module):
             query_ids=query_ids,
             key_ids=key_ids,
             weights=weights,
+            world=world,
+            exchange=exchange,
+            wire_dtype=wire_dtype,
         )
 
     def extra_repr(self) -> str:

@@ -23,6 +23,8 @@ def designated(
     positives: SparseLabels | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    *,
+    check_keys: bool = True,  # False: positives are of more keys than these
 ) -> Pairs:
     """The positive pairs: key i of query i unless given. Checks how sizes fit together."""
     num_queries, num_keys = len(q), len(k)
@@ -35,6 +37,8 @@ def designated(
         indptr = torch.arange(num_queries + 1, device=q.device)
         indices = torch.arange(num_queries, dtype=torch.int32, device=q.device)
         return Pairs(indptr, indices, query_ids, key_ids)
+    if not check_keys:
+        num_keys = positives.num_labels
     if (len(positives), positives.num_labels) != (num_queries, num_keys):
         raise ValueError(
             f"expected positives of {num_queries} queries among {num_keys} keys, "

@@ -135,8 +135,12 @@ def softmax_loss(
         loss += (other.double() * (column_lse[keys] - positive).double()).sum()
         target = target + other
     dq, dk, d_scale = softmax_gradients(
-        *(q, k, scale, pairs, target, positive),
-        *(row_lse, row_weight, column_lse, column_weight, decoupled, want_q, want_k),
+        *(q, k, scale, pairs, target, positive, row_lse, row_weight),
+        column_lse,
+        column_weight,
+        decoupled,
+        want_q,
+        want_k,
         tile=tile,
     )
     return loss.to(dtype), dq.to(q.dtype), dk.to(k.dtype), d_scale

@@ -43,8 +43,8 @@ def softmax_gradients(
     """What `G = row_weight exp(S - row_lse) + column_weight exp(S - column_lse) - target` gives."""
     inputs = Inputs(q, k, scale, pairs, without_pairs=decoupled)
     if not (want_q or want_k):
-        none = (x.new_empty(0, x.shape[1], dtype=torch.float32) for x in (q, k))
-        return *none, torch.zeros((), device=q.device)
+        none = q.new_empty((0, q.shape[1]), dtype=torch.float32)
+        return none, none.clone(), torch.zeros((), device=q.device)
     rows, keys = inputs.queries, inputs.pairs.indices.long()
     pair_grad = -target
     if not decoupled:
