@@ -296,4 +296,5 @@ def test_gpu_check_goes_on_after_a_failure_and_fails(tmp_path):
     assert "invalid choice: 'nothing'" in (tmp_path / "classifier.txt").read_text()
     assert "== table" in done.stdout
     assert (tmp_path / "contrastive.jsonl").read_text().count('"operation": "loss"') == 30
+    assert (tmp_path / "offload.jsonl").read_text().count('"operation": "step"') == 8
     assert "gpu_check: failed: classifier table" in done.stderr
