@@ -8,29 +8,36 @@ and `weights.safetensors`. Only the last changes while a run goes on, and by one
 from __future__ import annotations
 
 import copy
-import gzip
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from xmc.config import Config, ConfigError, from_dict, to_dict
+from xmc.config import Config, to_dict
 from xmc.data.features import Features, load_features
 from xmc.distributed.collectives import World, gather_rows
+from xmc.distributed.data_parallel import own_part, own_rows
 from xmc.distributed.sharding import RowShard
 from xmc.distributed.tensor_file import save_tensors
 from xmc.distributed.together import on_rank
-from xmc.files import write_file, write_json
+from xmc.files import write_json
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
 from xmc.heads.order import is_arranged
 from xmc.heads.retrieval import RetrievalHead
+from xmc.model_files import (
+    VERSION,
+    not_weights,
+    read_labels,
+    read_record,
+    read_tensors,
+    write_labels,
+)
+from xmc.model_files import ModelError as ModelError
 from xmc.nn.bag_reps import join_bag
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
@@ -40,12 +47,6 @@ from xmc.nn.transformer import TransformerEncoder
 from xmc.nn.warm_start import read_bag_encoder_
 from xmc.runs import check_same_labels
 from xmc.types import Bag, BagReps, Batch, SparseLabels, Tokens, TopK
-
-_VERSION = 1
-
-
-class ModelError(ValueError):
-    """A model folder that cannot be read."""
 
 
 class XMCModel(nn.Module):
@@ -217,7 +218,7 @@ def save_model(model: XMCModel, folder: Path) -> None:
     All ranks of the model call this. The first writes; an error of one is an error on all of them.
     """
     record = {
-        "version": _VERSION,
+        "version": VERSION,
         "num_labels": len(model.labels),
         "num_features": model.features.num_features,
         "config": to_dict(model.config),
@@ -228,8 +229,7 @@ def save_model(model: XMCModel, folder: Path) -> None:
         model.features.save(folder / "features")
         if isinstance(model.encoder, TransformerEncoder):
             model.encoder.save_config(folder / "encoder")
-        text = json.dumps(model.labels, ensure_ascii=False).encode()
-        write_file(folder / "labels.json.gz", lambda path: _write_gzip(path, text))
+        write_labels(folder / "labels.json.gz", model.labels)
 
     on_rank(0, describe, model.world)
     save_weights(model, folder)
@@ -242,10 +242,13 @@ def save_weights(model: XMCModel, folder: Path) -> None:
     All ranks of the model call this and the first writes, the same bytes for any number of them.
     It is sent the others' rows and holds a block of them at a time.
     """
-    tensors = merged_weights(model)
-    shards = {name: rows for name, rows in model.row_shards().items() if name in tensors}
-    path = folder / "weights.safetensors"
-    save_tensors(path, tensors, world=model.world, row_shards=shards)
+    weights = merged_weights(model)
+    shards = {name: rows for name, rows in model.row_shards().items() if name in weights}
+    for name, tensor in weights.items():
+        if (rows := own_rows(tensor)) is not None:  # of an encoder whose parameters are divided
+            shards[name] = rows
+    own = {name: own_part(tensor) for name, tensor in weights.items()}
+    save_tensors(folder / "weights.safetensors", own, world=model.world, row_shards=shards)
 
 
 def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
@@ -253,9 +256,9 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
 
     Raises ModelError naming the file that is missing or damaged.
     """
-    record = _read_record(folder / "model.json")
+    record = read_record(folder / "model.json")
     config = record["config"]
-    labels = _read_labels(folder / "labels.json.gz", record["num_labels"])
+    labels = read_labels(folder / "labels.json.gz", record["num_labels"])
     features = load_features(folder / "features", config.features)
     # No weights are drawn and held only to be replaced. A transformer computes some buffers of
     # its own when it is made, so it has to be made for real.
@@ -272,11 +275,11 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
             )
             model = XMCModel(config, features, labels, encoder, head, intermediate)
     path = folder / "weights.safetensors"
-    tensors = _read_tensors(path, row_shards=model.row_shards())
+    tensors = read_tensors(path, row_shards=model.row_shards())
     try:
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(_not_weights(path, error)) from None
+        raise ModelError(not_weights(path, error)) from None
     model.folder = folder
     return model.eval()
 
@@ -288,46 +291,12 @@ def read_label_embeddings(source: str | Path, labels: list[str]) -> Tensor:  # [
     """
     folder = Path(source)
     folder = folder / "model" if (folder / "model").is_dir() else folder
-    record = _read_record(folder / "model.json")
+    record = read_record(folder / "model.json")
     if record["config"].train.objective != "contrastive":
         raise ModelError(f"{folder}: expected the model of a dual encoder, got a classifier's")
-    own = _read_labels(folder / "labels.json.gz", record["num_labels"])
+    own = read_labels(folder / "labels.json.gz", record["num_labels"])
     check_same_labels(own, labels, folder, "this data set")
-    return _read_tensors(folder / "weights.safetensors", ["head.embeddings"])["head.embeddings"]
-
-
-def _read_tensors(
-    path: Path,
-    wanted: list[str] | None = None,
-    row_shards: Mapping[str, RowShard] | None = None,
-) -> dict[str, Tensor]:
-    """All tensors of a file, or those of some names; of those in `row_shards` these rows."""
-    shards = row_shards or {}
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {
-                name: _read_rows(path, handle.get_slice(name), name, shards[name])
-                if name in shards
-                else handle.get_tensor(name)
-                for name in wanted or handle.keys()
-            }
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing") from None
-    except SafetensorError as error:
-        raise ModelError(_not_weights(path, error)) from None
-
-
-def _read_rows(path: Path, saved: Any, name: str, rows: RowShard) -> Tensor:
-    """Some rows of a tensor in a file, which maps them into memory until they are changed."""
-    shape = saved.get_shape()
-    if shape[:1] != [rows.total]:
-        raise ModelError(f"{path}: expected {rows.total} rows of {name}, got shape {shape}")
-    part: Tensor = saved[rows.start : rows.stop]
-    return part
-
-
-def _not_weights(path: Path, error: Exception) -> str:
-    return f"{path}: not the weights of this model: {' '.join(str(error).split())}"
+    return read_tensors(folder / "weights.safetensors", ["head.embeddings"])["head.embeddings"]
 
 
 def _build_encoder(
@@ -426,36 +395,3 @@ def _build_head(
         positive_weight=positive_weight,
         world=world,
     )
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if record["version"] != _VERSION:
-            raise ModelError(f"{path}: expected version {_VERSION}, got {record['version']}")
-        record["config"] = from_dict(record["config"], source=str(path))
-        return {"num_labels": int(record["num_labels"]), "config": record["config"]}
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing: no model here") from None
-    except (ModelError, ConfigError):
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a model description: {error!r}") from None
-
-
-def _read_labels(path: Path, num_labels: int) -> list[str]:
-    try:
-        with gzip.open(path) as handle:
-            labels: list[str] = json.loads(handle.read())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not a list of labels: {error}") from None
-    if len(labels) != num_labels:
-        raise ModelError(f"{path}: expected {num_labels} labels, got {len(labels)}")
-    return labels
-
-
-def _write_gzip(path: Path, content: bytes) -> None:
-    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-        packed.write(content)

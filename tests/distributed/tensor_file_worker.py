@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from xmc.config import from_dict
 from xmc.data.features import load_features
 from xmc.distributed import tensor_file
 from xmc.distributed.collectives import World
+from xmc.distributed.data_parallel import replicated
 from xmc.distributed.sharding import RowShard
 from xmc.distributed.tensor_file import save_tensors
-from xmc.model import build_model, load_model, save_model
+from xmc.model import build_model, load_model, save_model, save_weights
 from xmc.training.byte_meter import AllocationMeter
 
 
@@ -98,3 +99,12 @@ def wrong_model(folder: Path) -> str:
     with pytest.raises(Exception) as info:
         read_model(folder)
     return f"{info.type.__name__}: {info.value}"
+
+
+def divided_encoder(folder: Path) -> None:
+    """Save a model whose encoder's parameters are DTensors, in uneven parts."""
+    world = World.current()
+    torch.manual_seed(2)
+    encoder = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 3))
+    encoder.world, encoder.row_shards = world, dict  # what `save_weights` asks of a model
+    save_weights(cast(Any, replicated(encoder, world, "fsdp")), folder)

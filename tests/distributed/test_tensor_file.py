@@ -163,6 +163,17 @@ def test_a_model_folder_is_the_same_from_any_number_of_ranks(
             )
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_divided_encoder_is_saved_whole(ranks: Any, tmp_path: Path, size: int) -> None:
+    ranks(size, WORKER, "divided_encoder", tmp_path)
+    torch.manual_seed(2)
+    whole = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 3)).state_dict()
+    saved = load_file(tmp_path / "weights.safetensors")
+    assert saved.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(saved[name], tensor)
+
+
 def test_a_model_of_other_labels_is_refused(ranks: Any, features: Path, tmp_path: Path) -> None:
     options = sections(MODELS["dense"])
     for num_labels in (30, 28):
