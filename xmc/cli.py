@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -553,7 +554,10 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if not _expected(error):
             raise
-        if not _told_elsewhere(error):
+        if _told_elsewhere(error):
+            # torchrun ends all ranks when it sees one end: let the one that tells be the first.
+            time.sleep(1)
+        else:
             rank = f"rank {launched_rank()}: " if launched_ranks() > 1 else ""
             print(f"xmc: {rank}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

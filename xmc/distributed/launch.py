@@ -5,6 +5,7 @@ A process that torchrun did not start is alone, and nothing here does anything.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -67,7 +68,8 @@ def lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        reason = str(error).split("\n", 1)[0]
+        # Without the file of the library that noticed, and its advice.
+        reason = re.sub(r"^\[\S*\] ", "", str(error)).split("\n", 1)[0].split(". ", 1)[0]
         raise RankError(f"another rank has ended or does not answer: {reason}") from error
 
 
