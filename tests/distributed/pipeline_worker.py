@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from xmc.distributed import collectives
 from xmc.distributed.collectives import World
+from xmc.distributed.gradient_sum import sum_gradients_
 from xmc.distributed.keyed_random import mixed
 from xmc.distributed.pipeline import Pipeline, differentiated
 from xmc.types import Tokens
@@ -174,9 +176,8 @@ def steps(
             problem = Problem(number, place.replica, place.num_replicas)
             before = torch.get_rng_state()
             if name == "coupled":
-                result = pipeline.coupled_step(
-                    problem.inputs, lambda reps: coupled_loss(reps, replicas), seed=SEED
-                )
+                whole_loss = partial(coupled_loss, replicas=replicas)
+                result = pipeline.coupled_step(problem.inputs, whole_loss, seed=SEED)
             else:
                 loss = differentiated(problem.loss)
                 result = pipeline.step(problem.inputs, loss, seed=SEED)
@@ -191,3 +192,104 @@ def steps(
         for cut in stage:
             cut.zero_grad()
     return made
+
+
+class Double(nn.Module):
+    """Outputs with a gradient, used by no later stage, without gradient, empty, of no dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unused = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.norm = nn.BatchNorm1d(DIM)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.norm(self.linear(x))
+        flags = torch.tensor(True), x.new_empty(0, 3), x.to(torch.bfloat16)
+        return hidden, self.unused(x), x.detach(), *flags
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, hidden: Tensor, unused: Tensor, x: Tensor, *flags: Tensor) -> Tensor:
+        assert [flag.dtype for flag in flags] == [torch.bool, x.dtype, torch.bfloat16]
+        assert [list(flag.shape) for flag in flags] == [[], [0, 3], list(x.shape)]
+        assert not x.requires_grad
+        assert hidden.requires_grad == unused.requires_grad
+        return self.linear(hidden) * x + flags[2]
+
+
+def kinds_of_tensors(frozen: bool, checkpointing: bool) -> dict[str, Any]:
+    """Three steps whose gradients add up, and a coupled one, through tensors of all kinds."""
+    rank, size = World.current().rank, World.current().size
+    torch.manual_seed(1)
+    model = [Double().double().requires_grad_(not frozen), Single().double()]
+    stage = model if size == 1 else model[rank]
+    generator = torch.Generator().manual_seed(2)
+    inputs = [torch.randn(5, DIM, generator=generator, dtype=torch.float64) for _ in range(3)]
+    losses = []
+    loss = differentiated(lambda outputs, index: (outputs**3).sum())
+    with Pipeline(
+        stage, num_stages=size, checkpointing=checkpointing, pipeline_limit=2, timeout=30
+    ) as pipeline:
+        for number in range(3):
+            result = pipeline.step(inputs, loss, synchronize=number == 2)
+            losses.append(result.loss)
+        pipeline.coupled_step(inputs, lambda reps: (reps[0].sum(), reps))
+    positions = range(2) if size == 1 else [rank]
+    return {
+        "losses": losses,
+        "grads": _grads(model, positions),
+        "buffers": dict(model[0].named_buffers()) if 0 in positions else {},
+        "bytes": result.report.bytes_sent,
+    }
+
+
+def summed_gradients(bucket_bytes: int) -> list[Tensor | None]:
+    """Some parameters have no gradient on some ranks, or on none."""
+    world = World.current()
+    parameters = [
+        nn.Parameter(torch.zeros(shape, dtype=dtype))
+        for shape, dtype in [((3, 2), torch.float64), ((5,), torch.float64), ((), torch.float32)]
+    ] + [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    parameters[5].requires_grad_(False)
+    for number, p in enumerate(parameters[:4]):
+        if (number + world.rank) % 2 == 0 or number < 2:
+            p.grad = torch.full_like(p, number + 10 * world.rank)
+    sum_gradients_(parameters, world, bucket_bytes=bucket_bytes)
+    return [p.grad for p in parameters]
+
+
+def sparse_gradients() -> str:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    try:
+        sum_gradients_(table.parameters(), World.current())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def default_seeds() -> list[float]:
+    """Losses of two steps whose seeds torch's generator gives."""
+    model, problem = cuts(), Problem(2, 0, 1)
+    rank = World.current().rank
+    stage = model[share_of(rank, 2)]
+    torch.manual_seed(100 + rank)  # only the first stage's counts
+    with Pipeline(stage, num_stages=2, timeout=30) as pipeline:
+        loss = differentiated(problem.loss)
+        return [pipeline.step(problem.inputs, loss).loss for _ in range(2)]
+
+
+def under_autocast() -> tuple[float, dict[str, Tensor | None]]:
+    """A coupled step in bfloat16, of float32 weights: sweeps with and without a graph."""
+    rank, size = World.current().rank, World.current().size
+    model = [cut.float() for cut in cuts()]
+    positions = range(len(model))[share_of(rank, size)]
+    with Pipeline([model[position] for position in positions], num_stages=size) as pipeline:
+        loss = partial(coupled_loss, replicas=pipeline.replicas)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = pipeline.coupled_step(micro_batches(4), loss, seed=SEED)
+    return result.loss, _grads(model, positions)

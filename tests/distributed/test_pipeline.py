@@ -59,3 +59,84 @@ def test_a_step_equals_a_loop_without_a_pipeline(
         assert held == 1 or stage < num_stages - 1
         assert 0 < report.busy_seconds < report.seconds
         assert 0 <= report.idle_share < 1
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_any_limit_and_any_slow_stage_give_the_same_bits(ranks: Any, limit: int) -> None:
+    expected = ranks(3, WORKER, "steps", 3, 6)
+    delays = ((0.01, 0, 0, 0), (0, 0.01, 0, 0), (0, 0, 0, 0.01))[limit % 3]
+    results = ranks(3, WORKER, "steps", 3, 6, limit, delays)
+    for result, other in zip(results, expected, strict=True):
+        for name in ("step", "checkpointing", "coupled"):
+            assert result[name]["loss"] == other[name]["loss"]
+            for key, grad in result[name]["grads"].items():
+                assert torch.equal(grad, other[name]["grads"][key])
+            assert result[name]["report"].max_in_flight <= limit
+    assert results[0]["step"]["report"].max_in_flight == limit
+    # One message at a time: with a limit of one the stages take turns.
+    if limit == 1:
+        shares = [1 - result["step"]["report"].idle_share for result in results]
+        assert sum(shares) <= 1.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tensors_of_all_kinds_travel(
+    ranks: Any, worker: Any, frozen: bool, checkpointing: bool
+) -> None:
+    expected = worker.kinds_of_tensors(frozen, checkpointing)
+    first, last = ranks(2, WORKER, "kinds_of_tensors", frozen, checkpointing)
+    assert first["losses"] == last["losses"]
+    assert first["losses"] == pytest.approx(expected["losses"], rel=1e-12)
+    assert {name for name, grad in expected["grads"].items() if grad is not None} == (
+        {"1.linear.weight", "1.linear.bias"}
+        | (
+            set()
+            if frozen
+            else {"0.linear.weight", "0.linear.bias", "0.norm.weight", "0.norm.bias"}
+        )
+    )
+    for name, grad in (first["grads"] | last["grads"]).items():
+        if expected["grads"][name] is None:
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad, expected["grads"][name], rtol=1e-10, atol=1e-10)
+    # Running statistics take in each micro-batch of each step once, computed again or not.
+    assert int(first["buffers"]["norm.num_batches_tracked"]) == 12
+    for name, buffer in first["buffers"].items():
+        torch.testing.assert_close(buffer, expected["buffers"][name])
+    rows = 3 * 5
+    assert first["bytes"] == rows * worker.DIM * (3 * 8 + 2) + 3
+    d_hidden = 0 if frozen else rows * worker.DIM * 8
+    assert last["bytes"] == d_hidden + 3 * 8
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 60, 10**6])
+def test_gradients_of_replicas_are_summed(ranks: Any, bucket_bytes: int) -> None:
+    for grads in ranks(2, WORKER, "summed_gradients", bucket_bytes):
+        expected = [10.0, 12.0, 2.0, 13.0, None, None]
+        for grad, value in zip(grads, expected, strict=True):
+            if value is None:
+                assert grad is None
+            else:
+                assert torch.equal(grad, torch.full_like(grad, value))
+
+
+def test_gradients_of_replicas_are_dense(ranks: Any) -> None:
+    for text in ranks(2, WORKER, "sparse_gradients"):
+        assert text == "expected dense gradients to sum over replicas, got torch.sparse_coo"
+
+
+def test_dropout_follows_the_generator_of_the_first_stage(ranks: Any) -> None:
+    first, last = ranks(2, WORKER, "default_seeds")
+    assert first == last
+    assert first[0] != first[1]
+    assert ranks(2, WORKER, "default_seeds")[0] == first
+
+
+def test_autocast_around_a_step_holds_for_its_forward_passes(ranks: Any, worker: Any) -> None:
+    loss, expected = worker.under_autocast()
+    for other_loss, grads in ranks(2, WORKER, "under_autocast"):
+        assert other_loss == loss
+        for name, grad in grads.items():
+            assert torch.equal(grad, expected[name])

@@ -107,6 +107,7 @@ class Neighbours:
         self._links = self._open()
         yield self._links
         self._links.flush()
+        self._links = None
 
     @contextmanager
     def reducing(self) -> Iterator[None]:

@@ -56,26 +56,19 @@ class StageRunner:
         self, index: int, inputs: tuple[Any, ...], key: int, *, graph: bool
     ) -> tuple[Tensor, ...]:
         """Outputs for micro-batch `index`; with `graph` they are held for `backward`."""
-        if not graph or self._checkpointing:
+        if not graph:
             with torch.no_grad():
                 outputs = self._run(inputs, key)
-        else:
-            with torch.enable_grad():
-                outputs = self._run(inputs, key)
-        if graph:
-            shapes = [output.shape for output in outputs]
-            kept = None if self._checkpointing else outputs
-            self._held[index] = _Held(inputs, key, shapes, kept)
+            # Weights that autocast has cast without a graph would take no gradient in one.
+            torch.clear_autocast_cache()
+            return outputs
+        with torch.enable_grad():
+            outputs = self._run(inputs, key)
+        shapes = [output.shape for output in outputs]
+        # A graph that is not kept is made all the same: it tells which outputs want a gradient.
+        kept = None if self._checkpointing else outputs
+        self._held[index] = _Held(inputs, key, shapes, kept)
         return outputs
-
-    def wants_grad(self, index: int, outputs: tuple[Tensor, ...]) -> tuple[bool, ...]:
-        """Which outputs of `forward` would use a gradient."""
-        if not self._checkpointing:
-            return tuple(output.requires_grad for output in outputs)
-        inputs = self._held[index].inputs
-        trained = any(p.requires_grad for p in self.cuts.parameters())
-        trained |= any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return tuple(trained and output.is_floating_point() for output in outputs)
 
     def backward(
         self, index: int, d_outputs: tuple[Tensor | None, ...]

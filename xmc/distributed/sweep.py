@@ -102,7 +102,7 @@ class TrainingSweep:
                 gradient = self._evaluate(job, outputs)
             self._backward(job.index, gradient)
             return
-        wants = self._runner.wants_grad(job.index, outputs)
+        wants = tuple(output.requires_grad for output in outputs)
         self._links.send_after(_message(Kind.ACTIVATION, job, outputs, wants))
 
     def _backward(self, index: int, gradient: tuple[Tensor | None, ...]) -> None:
