@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xmc.distributed.collectives import World
 from xmc.distributed.sharding import RowShard
+from xmc.memory import resident_bytes
 from xmc.training import checkpoint
 from xmc.training.byte_meter import AllocationMeter
 from xmc.training.checkpoint import load_checkpoint, save_checkpoint
@@ -55,6 +56,16 @@ def load(path: Path, bounds: Bounds) -> tuple[dict[str, Tensor], dict[str, Any]]
     assert "index" not in tensors or tensors["index"].dtype == torch.uint16
     plain = {n: t.int() if t.dtype == torch.uint16 else t.clone() for n, t in tensors.items()}
     return plain, state
+
+
+def resident_after_load(path: Path, rows: int) -> int:
+    """Bytes that a quarter of a tensor takes once it was read."""
+    turn = World.current().rank
+    shards = {"weight": RowShard(turn * rows // 4, (turn + 1) * rows // 4, rows)}
+    before = resident_bytes()
+    tensors, _ = load_checkpoint(path, world=World.current(), row_shards=shards)
+    assert tensors["weight"].sum() == tensors["weight"].numel()
+    return resident_bytes() - before
 
 
 def failure_of_load(path: Path, bounds: Bounds) -> str:
