@@ -499,6 +499,10 @@ def _check_fully_sharded(config: Config) -> None:
             raise ValueError(
                 f'encoder.{key}: expected {plain!r} with data_parallel = "fsdp", got {value!r}'
             )
+    if config.encoder_optimizer.offload:
+        raise ValueError(
+            'encoder_optimizer.offload: expected false with data_parallel = "fsdp", got true'
+        )
     if config.encoder.autocast == "float16":
         raise ValueError(
             'encoder.autocast: expected "bfloat16" or "none" with data_parallel = "fsdp", '

@@ -6,6 +6,7 @@ so gradients are summed over ranks, never averaged.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
@@ -40,9 +41,11 @@ def replicated(
         return _fully_sharded(encoder, world, blocks)
     if not any(p.requires_grad for p in encoder.parameters()):
         return encoder
-    wrapper = DistributedDataParallel(
-        encoder, process_group=world.group, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # Buffers stay as they are in training. torch 2.13 gave the option another name, and warns.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    wrapper = DistributedDataParallel(encoder, process_group=world.group, **options)
     # A lambda, because torch compares a hook's annotations with types, and ours are strings.
     wrapper.register_comm_hook(world.group, lambda group, bucket: _bucket_sum(group, bucket))
     return wrapper
@@ -121,4 +124,5 @@ def _fully_sharded(encoder: nn.Module, world: World, blocks: Sequence[nn.Module]
         fully_shard(module, mesh=mesh)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that also scales
     return encoder

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
+from xmc.distributed.collectives import World, sum_
+from xmc.distributed.data_parallel import own_part, own_rows
 from xmc.distributed.offload import OffloadedAdamW
 from xmc.nn.layers import parameter_depths
 from xmc.nn.lazy import LazyAdamW, coalesced
@@ -68,12 +70,13 @@ def coalesce_gradient_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def clip_gradient_(module: nn.Module, max_norm: float) -> float:
+def clip_gradient_(module: nn.Module, max_norm: float, world: World = World.alone()) -> float:
     """Scale the gradients so that their joint norm is at most `max_norm` (0: only measure).
 
-    Sparse gradients count by their values; returns the norm before clipping.
+    Sparse gradients count by their values; returns the norm before clipping. Of gradients that
+    ranks share (FSDP) each scales its part; sends one number.
     """
-    values = []
+    values, parts = [], []
     for parameter in module.parameters():
         grad = parameter.grad
         if grad is None:
@@ -81,11 +84,15 @@ def clip_gradient_(module: nn.Module, max_norm: float) -> float:
         if grad.is_sparse:
             parameter.grad = grad = coalesced(grad)
             grad = grad.values()
-        values.append(grad)
-    if not values:
+        (values if own_rows(grad) is None else parts).append(own_part(grad))
+    if not values and not parts:
         return 0.0
-    norm = float(torch.stack([value.float().norm() for value in values]).norm())
+    norms = [value.float().norm() for value in values]
+    if parts:
+        squares = torch.stack([part.float().square().sum() for part in parts]).sum()
+        norms.append(sum_(squares, world).sqrt())
+    norm = float(torch.stack(norms).norm())
     if max_norm and norm > max_norm:
-        for value in values:
+        for value in (*values, *parts):
             value.mul_(max_norm / norm)
     return norm

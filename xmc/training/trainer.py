@@ -158,7 +158,7 @@ class Trainer:
         norm = 0.0
         self.scaler.unscale_(self.optimizer)
         if measure or config.train.clip_norm:
-            norm = clip_gradient_(self.model.body, config.train.clip_norm)
+            norm = clip_gradient_(self.model.body, config.train.clip_norm, self.model.world)
         parts = {} if meter is None else meter.values(self.replica.world)
         if self._encoder_step():
             norm = 0.0
