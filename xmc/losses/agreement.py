@@ -19,7 +19,7 @@ _MOST = 16  # numbers of a rank
 
 
 def told(
-    prepare: Callable[[], tuple[T, Mapping[str, float]]], world: World
+    prepare: Callable[[], tuple[T, Mapping[str, float]]], world: World, device: torch.device
 ) -> tuple[T, dict[str, list[float]]]:
     """What `prepare` returns, and each of its numbers on every rank. Sends 16 numbers a rank.
 
@@ -29,9 +29,9 @@ def told(
     try:
         prepared, numbers = prepare()
     except (TypeError, ValueError):
-        _gathered([0.0], world)
+        _gathered([0.0], world, device)
         raise
-    rows = _gathered([1.0 + len(numbers), *numbers.values()], world)
+    rows = _gathered([1.0 + len(numbers), *numbers.values()], world, device)
     wrong = [rank for rank, row in enumerate(rows) if row[0] == 0]
     if wrong:
         raise RuntimeError(
@@ -49,8 +49,8 @@ def check_same(name: str, values: list[float], *, within: float = 0.0) -> None:
         raise ValueError(f"expected the same {name} on every rank, got {shown}")
 
 
-def _gathered(row: list[float], world: World) -> list[list[float]]:
+def _gathered(row: list[float], world: World, device: torch.device) -> list[list[float]]:
     if len(row) > _MOST:
         raise AssertionError(f"expected at most {_MOST} numbers, got {len(row)}")
-    padded = torch.tensor([row + [0.0] * (_MOST - len(row))], dtype=torch.float64)
+    padded = torch.tensor([row + [0.0] * (_MOST - len(row))], dtype=torch.float64, device=device)
     return gather_rows(padded, [1] * world.size, world).tolist()

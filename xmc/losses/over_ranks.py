@@ -80,7 +80,7 @@ def agree(
         own["weight"] = float(made.sum(dtype=torch.float64))
         return (pairs, made), own | {name: float(option) for name, option in options.items()}
 
-    (pairs, made), everyone = told(prepare, exchange.world)
+    (pairs, made), everyone = told(prepare, exchange.world, q.device)
     counts = [int(count) for count in everyone.pop("keys")]
     columns = everyone.pop("columns")
     weight = sum(everyone.pop("weight"))

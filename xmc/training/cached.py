@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from xmc.training.autocast import Autocast
 from xmc.training.chunks import Chunk, Chunks
 from xmc.training.encoding import Encoder, Encoding, Getter, modules_of
-from xmc.training.gradient_sync import synchronized
+from xmc.training.gradient_sync import check_same_passes, synchronized
 
 
 def cached(
@@ -66,6 +66,7 @@ def cached(
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, encoding: Encoding, anchor: Tensor) -> Tensor:
+        check_same_passes({wrapper: len(encoding) for wrapper in encoding.wrappers})
         # The anchor is what the representations' graph hangs on; encoders are no tensors.
         for index in range(len(encoding)):
             encoding.forward(index, graph=False)

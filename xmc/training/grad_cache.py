@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xmc.training.autocast import without_autocast
 from xmc.training.chunks import Chunk
 from xmc.training.encoding import Encoder, Encoding, Getter
-from xmc.training.gradient_sync import synchronized
+from xmc.training.gradient_sync import check_same_passes, synchronized
 from xmc.training.kept_graphs import Job, forward
 
 R = TypeVar("R")
@@ -68,20 +68,23 @@ def cached_step(
 
     DistributedDataParallel and FSDP around or inside an encoder synchronise once a step, in the
     last backward pass, whatever the numbers of chunks; an outer `no_sync` stays in force. FSDP 2
-    cannot be asked for its setting: say `synchronize=False` to accumulate over several steps.
+    cannot be asked for its setting: say `synchronize=False` to accumulate over several steps. It
+    gathers parameters in every pass, so that all ranks need as many chunks. A loss of the rows of
+    all ranks (`xmc.losses`, with a `world`) is one exchange between the passes.
     Encoders that are no modules are searched for modules in what they refer to; name those that
     cannot be found so in `modules`.
 
     Raises ValueError for inputs without rows or with different numbers of rows, chunks of no rows,
-    an encoder that changes its inputs or gives another number of representations, a loss that is
-    not one number; TypeError where representations are no tensor.
+    an encoder that changes its inputs or gives another number of representations, numbers of
+    chunks that FSDP 2 cannot have, a loss that is not one number; TypeError where representations
+    are no tensor.
     """
     if (kept or 0) < 0 or keep_bytes < 0 or (kept and keep_bytes):
         raise ValueError(
             f"expected kept or keep_bytes of at least 0, got kept={kept}, keep_bytes={keep_bytes}"
         )
     encodings = make_encodings(encoders, inputs, chunk=chunk, rep=rep, modules=modules)
-    wrappers = {wrapper for encoding in encodings for wrapper in encoding.wrappers}
+    wrappers = dict.fromkeys(wrapper for encoding in encodings for wrapper in encoding.wrappers)
     if len(wrappers) > 1 and (kept or keep_bytes):
         # Ranks with different numbers of chunks would set up their wrappers in different orders.
         raise ValueError(
@@ -91,6 +94,7 @@ def cached_step(
     if kept is None:
         kept = 0 if keep_bytes or len(wrappers) > 1 else 1
     jobs = [(which, index) for which, e in enumerate(encodings) for index in range(len(e))]
+    check_same_passes({w: sum(len(e) for e in encodings if w in e.wrappers) for w in wrappers})
     graphs = forward(encodings, jobs, kept=kept, keep_bytes=keep_bytes)
     made = [encoding.take_representations() for encoding in encodings]
     reps = [leaf for leaf, _ in made]
