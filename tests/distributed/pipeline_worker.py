@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from xmc.distributed import collectives
@@ -61,11 +62,11 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * real).sum(1) / real.sum(1)
 
 
-def cuts() -> list[nn.Module]:
+def cuts(device: str = "cpu") -> list[nn.Module]:
     """Of one model, the same on every rank."""
     torch.manual_seed(3)
     made = [Embedding(), *[Layer() for _ in range(4)], Pool()]
-    return [cut.double() for cut in made]
+    return [cut.double().to(device) for cut in made]
 
 
 def micro_batches(number: int) -> list[Tokens]:
@@ -98,10 +99,10 @@ def share_of(rank: int, num_stages: int) -> slice:
 class Problem:
     """Micro-batches of one replica with the loss of each and of all."""
 
-    def __init__(self, number: int, replica: int, num_replicas: int) -> None:
+    def __init__(self, number: int, replica: int, num_replicas: int, device: str = "cpu") -> None:
         every = micro_batches(number)
-        self.inputs = every[replica::num_replicas]
-        self.targets = targets(number)[replica::num_replicas]
+        self.inputs = [x.to(device) for x in every[replica::num_replicas]]
+        self.targets = [x.to(device) for x in targets(number)[replica::num_replicas]]
         self.rows = sum(len(x) for x in every)
 
     def loss(self, outputs: Tensor, index: int) -> Tensor:
@@ -119,9 +120,9 @@ def coupled_loss(outputs: list[Tensor], replicas: World) -> tuple[Tensor, list[T
     return reps.sum(0) @ others.sum(0), list(d_reps.split([len(rep) for rep in outputs]))
 
 
-def plain_step(number: int, *, coupled: bool = False) -> dict[str, Any]:
+def plain_step(number: int, *, coupled: bool = False, device: str = "cpu") -> dict[str, Any]:
     """What a pipeline computes, by a loop over micro-batches and one backward pass."""
-    model, problem = cuts(), Problem(number, 0, 1)
+    model, problem = cuts(device), Problem(number, 0, 1, device)
     outputs, losses = [], []
     for index, x in enumerate(problem.inputs):
         key = mixed(SEED, index)
@@ -138,13 +139,13 @@ def plain_step(number: int, *, coupled: bool = False) -> dict[str, Any]:
     return {
         "loss": loss.item(),
         "grads": _grads(model, range(len(model))),
-        "reps": [x.detach() for x in outputs],
+        "reps": [x.detach().cpu() for x in outputs],
     }
 
 
 def _grads(model: list[nn.Module], positions: Any) -> dict[str, Tensor | None]:
     return {
-        f"{position}.{name}": None if p.grad is None else p.grad.clone()
+        f"{position}.{name}": None if p.grad is None else p.grad.clone().cpu()
         for position in positions
         for name, p in model[position].named_parameters()
     }
@@ -155,10 +156,11 @@ def steps(
     number: int,
     limit: int | None = None,
     delays: tuple[float, ...] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """A step, one with checkpointing, a coupled one and a sweep without graphs, of one model."""
     world = World.current()
-    model = cuts()
+    model = cuts(device)
     for layer, delay in zip(model[1:], delays, strict=False):
         layer.delay = delay
     positions = range(len(model))[share_of(world.rank, num_stages)]
@@ -173,7 +175,7 @@ def steps(
             timeout=30,
         ) as pipeline:
             place, replicas = pipeline.place, pipeline.replicas
-            problem = Problem(number, place.replica, place.num_replicas)
+            problem = Problem(number, place.replica, place.num_replicas, device)
             before = torch.get_rng_state()
             if name == "coupled":
                 whole_loss = partial(coupled_loss, replicas=replicas)
@@ -186,7 +188,7 @@ def steps(
         made[name] = {
             "loss": result.loss,
             "report": result.report,
-            "reps": reps,
+            "reps": None if reps is None else [rep.cpu() for rep in reps],
             "grads": _grads(model, positions),
         }
         for cut in stage:
@@ -293,3 +295,27 @@ def under_autocast() -> tuple[float, dict[str, Tensor | None]]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = pipeline.coupled_step(micro_batches(4), loss, seed=SEED)
     return result.loss, _grads(model, positions)
+
+
+def clipped(max_norm: float) -> tuple[float, dict[str, Tensor | None]]:
+    """The norm of all gradients, and the gradients after they were clipped to it."""
+    rank, size = World.current().rank, World.current().size
+    model, problem = cuts(), Problem(3, 0, 1)
+    positions = range(len(model))[share_of(rank, size)]
+    with Pipeline(
+        [model[position] for position in positions], num_stages=size, timeout=30
+    ) as pipeline:
+        pipeline.step(problem.inputs, differentiated(problem.loss), seed=SEED)
+        norm = pipeline.clip_gradients_(max_norm)
+    return norm, _grads(model, positions)
+
+
+def steps_through_nccl(store: str, num_stages: int, number: int) -> dict[str, Any]:
+    """`steps` with a GPU for each rank, whose tensors do not go through the host."""
+    rank, size = World.current().rank, World.current().size
+    dist.destroy_process_group()
+    torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size
+    )
+    return steps(num_stages, number, device=f"cuda:{rank}")

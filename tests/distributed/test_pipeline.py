@@ -140,3 +140,36 @@ def test_autocast_around_a_step_holds_for_its_forward_passes(ranks: Any, worker:
         assert other_loss == loss
         for name, grad in grads.items():
             assert torch.equal(grad, expected[name])
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_gradients_are_clipped_by_the_norm_of_all_stages(
+    ranks: Any, worker: Any, factor: float
+) -> None:
+    expected = worker.plain_step(3)["grads"]
+    norm = torch.cat([grad.flatten() for grad in expected.values()]).norm().item()
+    for total, grads in ranks(2, WORKER, "clipped", factor * norm):
+        assert total == pytest.approx(norm, rel=1e-12)
+        for name, grad in grads.items():
+            # torch's clipping adds 1e-6 to the norm.
+            torch.testing.assert_close(grad, expected[name] * min(factor, 1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_ranks_that_share_a_gpu_give_the_same_as_one(ranks: Any, worker: Any) -> None:
+    results = ranks(2, WORKER, "steps", 2, 7, None, (), "cuda:0")
+    for name in ("step", "checkpointing", "coupled"):
+        expected = worker.plain_step(7, coupled=name == "coupled", device="cuda:0")
+        _check([result[name] for result in results], expected)
+
+
+@pytest.mark.gpu
+def test_ranks_with_a_gpu_each_give_the_same_as_one(
+    ranks: Any, worker: Any, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    results = ranks(2, WORKER, "steps_through_nccl", str(tmp_path / "store"), 2, 7)
+    for name in ("step", "checkpointing", "coupled"):
+        expected = worker.plain_step(7, coupled=name == "coupled", device="cuda:0")
+        _check([result[name] for result in results], expected)

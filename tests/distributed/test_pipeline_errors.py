@@ -130,8 +130,14 @@ def test_replicas_of_a_stage_that_failed_end_too(ranks: Any) -> None:
     [(kinds, texts)] = [tuple(zip(*(result[0] for result in results), strict=True))]
     assert kinds == ("PipelineError", "ValueError", "PipelineError", "PipelineError")
     assert "rank 1 (stage 1 of 2, replica 0) failed: ValueError: expected courage" in texts[0]
-    assert "the sum over the replicas of stage 0 (ranks 0, 2) failed on rank 2" in texts[2]
-    assert "the sum over the replicas of stage 1 (ranks 1, 3) failed on rank 3" in texts[3]
+    assert (
+        "the sum over the replicas of stage 0 failed on rank 2 (stage 0 of 2, replica 1)"
+        in texts[2]
+    )
+    assert (
+        "the sum over the replicas of stage 1 failed on rank 3 (stage 1 of 2, replica 1)"
+        in texts[3]
+    )
 
 
 def test_a_rank_that_stays_away_is_waited_for_no_longer_than_said(ranks: Any) -> None:

@@ -130,7 +130,9 @@ class Receiver(threading.Thread):
                 if not self._is_draining:
                     self._inbox.put((self._channel.peer, message))
                 seen += 1
-                if message.kind == Kind.FAILURE or seen == message.total:
+                is_last = message.kind == Kind.FAILURE or seen == message.total
+                del message  # its tensors are the reader's, who may be done with them first
+                if is_last:
                     return
         except Exception as error:
             self._inbox.put(Lost(self._channel.peer, error))
@@ -178,6 +180,7 @@ class Sender(threading.Thread):
             except Exception as error:
                 self.lost = Lost(self._channel.peer, error)
                 self._inbox.put(self.lost)
+            del item, message  # what is sent is no longer held while there is nothing to send
 
     def _put(self, item: tuple[Message, Any] | None, timeout: float) -> bool:
         try:
@@ -205,7 +208,7 @@ def _send(channel: Channel, message: Message, stream: Any) -> None:
 
 
 def _receive(channel: Channel, stream: Any, user: Any) -> Message:
-    header = torch.empty(_HEADER, dtype=torch.int64)
+    header = torch.empty(_HEADER, dtype=torch.int64, device="cpu")
     _irecv(channel, header).wait()
     kind, index, total, key, layouts = _unpack(header)
     on_device = kind != Kind.FAILURE and channel.device.type != "cpu"
@@ -274,7 +277,7 @@ def _pack(message: Message) -> Tensor:  # [_HEADER] int64
             rest = [0] * (MAX_DIMS - tensor.dim())
             code = _CODES[tensor.dtype]
             numbers += [code, int(wants_grad), tensor.dim(), *tensor.shape, *rest]
-    return torch.tensor(numbers + [0] * (_HEADER - len(numbers)))
+    return torch.tensor(numbers + [0] * (_HEADER - len(numbers)), device="cpu")
 
 
 def _unpack(header: Tensor) -> tuple[Kind, int, int, int, list[_Layout]]:

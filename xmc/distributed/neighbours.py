@@ -83,6 +83,7 @@ class Neighbours:
         self._before: Channel | None = None  # outgoing
         self._after: Channel | None = None
         self.replicas = World.alone()
+        self.stages = World.alone()
         self.first_cut, self.num_cuts = 0, num_cuts
         if place.num_stages * place.num_replicas > 1:
             self._agree(num_cuts, limit)
@@ -110,17 +111,12 @@ class Neighbours:
         self._links = None
 
     @contextmanager
-    def reducing(self) -> Iterator[None]:
-        """Words for what goes wrong between replicas."""
+    def reducing(self, what: str) -> Iterator[None]:
+        """Words for what goes wrong in a sum over some ranks."""
         try:
             yield
         except RuntimeError as error:
-            step, count = self.place.num_stages, self.place.num_replicas
-            ranks = ", ".join(str(self.place.stage + step * r) for r in range(count))
-            raise PipelineError(
-                f"the sum over the replicas of stage {self.place.stage} (ranks {ranks}) failed on "
-                f"rank {self.place.rank}: {_first_line(error)}"
-            ) from error
+            raise PipelineError(f"{what} failed on {self.place}: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Give the process groups back."""
@@ -150,7 +146,7 @@ class Neighbours:
         place = self.place
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
         everyone = World(place.rank, place.num_stages * place.num_replicas, group)
-        mine = torch.tensor([[place.num_stages, limit, num_cuts]])
+        mine = torch.tensor([[place.num_stages, limit, num_cuts]], device="cpu")
         settings = gather_rows(mine, [1] * everyone.size, everyone)
         dist.destroy_process_group(group)
         if bool((settings[:, :2] != settings[0, :2]).any()):
@@ -192,15 +188,26 @@ class Neighbours:
             else:
                 self._before = Channel(homeward, rank, device, direct)
                 self._incoming.append(Channel(onward, rank, device, direct))
-        if place.num_replicas == 1:
-            return
+        every = range(place.num_stages * place.num_replicas)
         for stage in range(place.num_stages):
-            ranks = list(range(stage, place.num_stages * place.num_replicas, place.num_stages))
-            patience = timedelta(seconds=self._timeout)
-            group = dist.new_group(ranks, backend=backend, timeout=patience)
+            group = self._group(every[stage :: place.num_stages], backend)
             if stage == place.stage:
-                self._groups.append(group)
                 self.replicas = World(place.replica, place.num_replicas, group)
+        for replica in range(place.num_replicas):
+            first = replica * place.num_stages
+            group = self._group(every[first : first + place.num_stages], backend)
+            if replica == place.replica:
+                self.stages = World(place.stage, place.num_stages, group)
+
+    def _group(self, ranks: range, backend: str) -> Any:
+        """For collectives among these ranks; none where there is one."""
+        if len(ranks) == 1:
+            return None
+        patience = timedelta(seconds=self._timeout)
+        group = dist.new_group(list(ranks), backend=backend, timeout=patience)
+        if self.place.rank in ranks:
+            self._groups.append(group)
+        return group
 
 
 @dataclass

@@ -165,6 +165,13 @@ class Pipeline:
         """
         return self._guarded(lambda: self._coupled_step(inputs, loss, seed, synchronize))
 
+    def clip_gradients_(self, max_norm: float) -> float:
+        """Scale the gradients of all stages where their common norm is larger; returns that norm.
+
+        After `step`, on all ranks. Sends one number among the stages of a replica.
+        """
+        return self._guarded(lambda: self._clip_gradients_(max_norm))
+
     def close(self) -> None:
         """Give the process groups back; all ranks do."""
         self._neighbours.close()
@@ -198,7 +205,8 @@ class Pipeline:
             )
             sweep.run(waiting, self._limit)
         if synchronize:
-            with clock.reducing(), self._neighbours.reducing():
+            what = f"the sum over the replicas of stage {self.place.stage}"
+            with clock.reducing(), self._neighbours.reducing(what):
                 sum_gradients_(self._runner.cuts.parameters(), self.replicas)
                 sum_(sweep.loss, self.replicas)
         report = clock.report(
@@ -219,6 +227,15 @@ class Pipeline:
         number = len(sweep.keys)
         report = clock.report(max_in_flight=0, num_micro_batches=number, bytes_sent=links.num_bytes)
         return sweep, report
+
+    def _clip_gradients_(self, max_norm: float) -> float:
+        parameters = [p for p in self._runner.cuts.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        square = norm.to(self.device, torch.float64) ** 2
+        with self._neighbours.reducing("the sum over the stages"):
+            total = sum_(square, self._neighbours.stages).sqrt()
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return float(total)
 
     def _represent(self, inputs: Sequence[Any] | None, seed: int | None) -> list[Any] | None:
         sweep, _ = self._sweep(inputs, seed)
@@ -249,7 +266,7 @@ class Pipeline:
     def _seed(self, seed: int | None) -> int:
         """Only the first stage draws one: it travels with the messages."""
         if seed is None and self.is_first:
-            return int(torch.randint(1 << 62, ()))
+            return int(torch.randint(1 << 62, (), device="cpu"))
         return seed or 0
 
 

@@ -83,14 +83,18 @@ class TrainingSweep:
         for job in islice(queue, None if self._place.is_last else limit):
             self._forward(job)
         while self._total is None or self.num_done < self._total:
-            message = self._links.next()
-            check_kind(message, Kind.ACTIVATION, Kind.GRADIENT)
-            if message.kind == Kind.ACTIVATION:
-                self._forward(received(message, graph=True))
-                continue
+            # No name for the message: it would hold its tensors until the next one comes.
+            if self._act(self._links.next()) == Kind.GRADIENT:
+                for job in islice(queue, 1):
+                    self._forward(job)
+
+    def _act(self, message: Message) -> Kind:
+        check_kind(message, Kind.ACTIVATION, Kind.GRADIENT)
+        if message.kind == Kind.ACTIVATION:
+            self._forward(received(message, graph=True))
+        else:
             self._backward(message.index, message.tensors)
-            for job in islice(queue, 1):
-                self._forward(job)
+        return message.kind
 
     def _forward(self, job: Job) -> None:
         self._total = job.total
@@ -145,15 +149,16 @@ class EvaluationSweep:
             self._forward(job)
         total = len(waiting)
         while len(self.keys) < total or total == 0:
-            message = self._links.next()
-            check_kind(message, Kind.EVALUATION)
-            job = received(message, graph=False)
-            total = job.total
-            self._forward(job)
+            total = self._act(self._links.next())
         if not self._place.is_first:
             self._links.send_before(Message(Kind.EVALUATION))
         if not self._place.is_last:
             check_kind(self._links.next(), Kind.EVALUATION)
+
+    def _act(self, message: Message) -> int:
+        check_kind(message, Kind.EVALUATION)
+        self._forward(received(message, graph=False))
+        return message.total
 
     def _forward(self, job: Job) -> None:
         with self._clock.busy(), _named("forward pass", job):
