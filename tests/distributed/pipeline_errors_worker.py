@@ -64,6 +64,10 @@ def _wrong_gradient(outputs: Tensor, index: int) -> tuple[Tensor, Tensor]:
     return outputs.sum(), outputs[:1]
 
 
+def _two_gradients(outputs: Tensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return outputs.sum(), (outputs, outputs)
+
+
 def _no_pair(outputs: Tensor, index: int) -> Any:
     return outputs.sum()
 
@@ -83,6 +87,7 @@ STAGES = {
 LOSSES: dict[str, Any] = {
     "the loss raises": lambda outputs, index: _raise(outputs),
     "a gradient of another shape": _wrong_gradient,
+    "two gradients": _two_gradients,
     "a loss without gradient": _no_pair,
     "a loss of many numbers": _many_numbers,
     "no loss": None,
@@ -98,10 +103,11 @@ def attempts(case: str, num_stages: int, number: int = 2) -> list[tuple[str, str
     module = Stage(at if is_here else -1, act if is_here else None)
     loss = LOSSES.get(case, differentiated(_square))
     inputs = INPUTS.get(case, [torch.ones(2, D) for _ in range(4)])
-    timeout = 1.0 if case == "a rank stays away" else 30.0
+    is_away = case.startswith("a rank stays away")
+    timeout = 1.0 if is_away else 30.0
     again = "again" in case
     pipeline = Pipeline(module, num_stages=num_stages, checkpointing=again, timeout=timeout)
-    if case == "a rank stays away" and world.rank == 1:
+    if is_away and world.rank == 1:
         time.sleep(3)
         return []
     raised = []
@@ -109,6 +115,10 @@ def attempts(case: str, num_stages: int, number: int = 2) -> list[tuple[str, str
         try:
             if case == "another call" and world.rank == 0:
                 pipeline.represent(inputs)
+            elif case == "a rank stays away from sums":
+                pipeline.clip_gradients_(1.0)
+            elif case == "a rank stays away from a long sweep":
+                pipeline.represent(20 * inputs)
             else:
                 pipeline.step(inputs, loss)
             raised.append(("", ""))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from xmc.distributed.collectives import World
-from xmc.distributed.pipeline import Pipeline, Place
+from xmc.distributed.pipeline import Pipeline, PipelineError, Place
 
 WORKER = Path(__file__).with_name("pipeline_errors_worker.py")
 
@@ -77,6 +79,7 @@ CASES = [
         "ValueError",
         "expected a gradient of shape [2, 3] like the output of rank 2 (stage 2 of 3), got [1, 3]",
     ),
+    ("two gradients", 2, "ValueError", "expected 1 gradients for the outputs of rank 2"),
     (
         "a loss without gradient",
         2,
@@ -140,11 +143,57 @@ def test_replicas_of_a_stage_that_failed_end_too(ranks: Any) -> None:
     )
 
 
-def test_a_rank_that_stays_away_is_waited_for_no_longer_than_said(ranks: Any) -> None:
-    results = ranks(2, WORKER, "attempts", "a rank stays away", 2, 1)
-    assert results[0] == [
-        ("PipelineError", "expected a message from rank 1 on rank 0 within 1 s, got none")
-    ]
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("a rank stays away", "expected a message from rank 1 on rank 0 within 1 s, got none"),
+        (
+            "a rank stays away from a long sweep",
+            "expected rank 1 to take a message of rank 0 within 1 s, it did not",
+        ),
+        (
+            "a rank stays away from sums",
+            "the sum over the stages failed on rank 0 (stage 0 of 2): ",
+        ),
+    ],
+)
+def test_a_rank_that_stays_away_is_waited_for_no_longer_than_said(
+    ranks: Any, case: str, text: str
+) -> None:
+    [(kind, words)] = ranks(2, WORKER, "attempts", case, 2, 1)[0]
+    assert kind == "PipelineError"
+    assert words.startswith(text)
+
+
+def test_a_closed_pipeline_makes_no_steps() -> None:
+    pipeline = Pipeline(nn.Identity(), num_stages=1)
+    pipeline.close()
+    with pytest.raises(PipelineError, match="this one ended: it was closed"):
+        pipeline.step([], None)
+
+
+class Returns(nn.Module):
+    def __init__(self, *outputs: Any) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, _: torch.Tensor) -> Any:
+        return self.outputs
+
+
+@pytest.mark.parametrize(
+    ("outputs", "text"),
+    [
+        ([torch.ones(1)] * 9, "expected at most 8 tensors from rank 0 (stage 0 of 1), got 9"),
+        ([torch.ones([1] * 9)], "expected tensors of at most 8 dims from rank 0"),
+        ([torch.ones(2, dtype=torch.complex64)], "of plain dtypes from rank 0"),
+        ([torch.ones(2, 2).to_sparse()], "got torch.float32, torch.sparse_coo"),
+    ],
+)
+def test_stages_return_what_can_be_sent(outputs: list[torch.Tensor], text: str) -> None:
+    pipeline = Pipeline(Returns(*outputs), num_stages=1)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        pipeline.represent([torch.ones(1)])
 
 
 def test_a_coupled_loss_gives_a_gradient_for_each_micro_batch(ranks: Any) -> None:
