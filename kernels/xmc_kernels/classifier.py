@@ -45,6 +45,7 @@ def classifier_step_(
     seed: int = 0,
     smoothing: float = 0.0,
     positive_weight: Tensor | None = None,  # [L]
+    row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [] float32, [B, D] in x's dtype
     """One training step of `x @ dense(weight, index).T + bias`; neither scores nor gradients stay.
 
@@ -57,7 +58,8 @@ def classifier_step_(
     `grad_scale` is 1 / rows of the whole optimizer step. `update=False` adds the gradients to
     `state.grad_weight` and `state.grad_bias` (made at first use, [L, F]) and leaves the weights;
     `update=True` applies the sum and drops it, so accumulation is exact. bfloat16 weights are
-    rounded stochastically: `rounding.py`, keyed by `seed`, step and position. `pattern` and
+    rounded stochastically: `rounding.py`, keyed by `seed`, step and position, whose rows count
+    from `row_offset` on where these labels are a part of a larger classifier. `pattern` and
     `scale` as in `fan_in_linear`; float8 weights (experimental) are rounded stochastically too,
     and their scales written in place. So are float8 moments of weights (`rule.moment_dtype`),
     which cost adamw two bytes a weight, not eight; see `float8.py`. Biases keep float32 moments.
@@ -71,6 +73,8 @@ def classifier_step_(
     """
     _check(x, Layer(weight, index, bias, pattern, scale), indptr, indices, loss)
     _check_positive(weight, smoothing, positive_weight)
+    if row_offset < 0:
+        raise ValueError(f"expected row_offset of at least 0, got {row_offset}")
     if step < 1:
         raise ValueError(f"expected step from 1 on, got {step}")
     _check_state(weight, bias, rule, state)
@@ -104,6 +108,7 @@ def classifier_step_(
         seed,
         smoothing,
         positive_weight,
+        row_offset,
     )
     if update:
         state.grad_weight = state.grad_bias = None
@@ -279,6 +284,7 @@ def _classifier_step(
     seed: int = 0,
     smoothing: float = 0.0,
     positive_weight: Tensor | None = None,
+    row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return _step(
         reference.classifier_step,
@@ -287,7 +293,8 @@ def _classifier_step(
             *(weight_m, weight_v, bias_m, bias_v, grad_weight, grad_bias),
             *(weight_m_scale, weight_v_scale),
         ),
-        *(loss, kind, constants, lr, step, grad_scale, update, seed, smoothing, positive_weight),
+        *(loss, kind, constants, lr, step, grad_scale, update),
+        *(seed, smoothing, positive_weight, row_offset),
     )
 
 
@@ -317,12 +324,13 @@ def _step(
     seed: int = 0,
     smoothing: float = 0.0,
     positive_weight: Tensor | None = None,
+    row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check_values(*tensors)
     momentum, beta1, beta2, eps, decay = constants
     narrow = "float32" if state.weight_m_scale is None else "float8"
     rule = UpdateRule(kind, momentum, (beta1, beta2), eps, decay, narrow)  # type: ignore[arg-type]
-    numbers = (lr, step, grad_scale, update, seed, smoothing, positive_weight)
+    numbers = (lr, step, grad_scale, update, seed, smoothing, positive_weight, row_offset)
     return backend(*tensors, state, loss, rule, *numbers)
 
 

@@ -29,15 +29,20 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def stream_key(seed: int, step: int, stream: int) -> int:
-    """What `noise` is keyed by, as a signed 32-bit integer (kernels take it as such)."""
+def stream_key(seed: int, step: int, stream: int, row_offset: int = 0) -> int:
+    """What `noise` is keyed by, as a signed 32-bit integer (kernels take it as such).
+
+    Row r under `row_offset` gets the noise of row r + row_offset: a table's parts get that of the
+    whole.
+    """
     key = _mix_int(_mix_int(_mix_int(seed & _MASK) ^ (step & _MASK)) ^ stream)
+    key = (key + row_offset) & _MASK
     return key - 2**32 if key >= 2**31 else key
 
 
 def noise(key: int, rows: Tensor, columns: Tensor, bits: int = 16) -> Tensor:
     """Random bits, int64 in [0, 2^bits), per broadcast pair of row and column."""
-    row = mix((rows.long() ^ key) & _MASK)
+    row = mix((rows.long() + key) & _MASK)
     return mix((row ^ (columns.long() * 0x9E3779B9)) & _MASK) >> (32 - bits)
 
 

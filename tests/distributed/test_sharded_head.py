@@ -90,6 +90,18 @@ def test_compiled_in_float32(ranks: Any, name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [("bfloat16", "n:m set"), ("float8", "groups set"), ("bfloat16", "order set")],
+)
+def test_narrow_weights_are_rounded_by_the_same_noise(ranks: Any, dtype: str, kind: str) -> None:
+    case = CASES[kind] | {"double": False}
+    case["head"] = case["head"] | {"weight_dtype": dtype}
+    case["optimizer"] = {"kind": "adamw", "moments": "float8"}
+    (alone,) = ranks(1, WORKER, "train", case)
+    check(ranks(2, WORKER, "train", case), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("size", "num_labels", "k"), [(2, 10, 4), (4, 10, 4), (4, 4, 7), (4, 9, 1)]
 )
 def test_ties_go_to_the_lower_label_and_excluded_ones_to_none(

@@ -212,6 +212,7 @@ class ClassifierHead(nn.Module):
             grad_scale=weight / (num_rows or len(reps)),
             update=update,
             seed=self.seed,
+            row_offset=self.shard.start,
         )
         self.steps += update
         return HeadResult(loss, d_reps)

@@ -46,7 +46,7 @@ def round_rows(bits, into, first, last, columns, key):
     As `rounding.stochastic_round`, bit for bit; first and last are rows of the whole table.
     """
     for label in range(first, last):
-        row = _mix(np.uint32(np.uint32(label) ^ np.uint32(key)))
+        row = _mix(np.uint32(np.uint32(label) + np.uint32(key)))
         at, to = (label - first) * columns, label * columns
         for k in range(columns):
             number = bits[at + k]

@@ -210,6 +210,7 @@ def classifier_step(
     seed: int,
     smoothing: float,
     positive_weight: Tensor | None,  # [L]
+    row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     num_rows = len(x)
@@ -240,8 +241,8 @@ def classifier_step(
         value=value,
         apply=update,
         rule=RULES.index(rule.kind),
-        weight_key=rounding.stream_key(seed, step, rounding.WEIGHT) & _MASK,
-        bias_key=rounding.stream_key(seed, step, rounding.BIAS) & _MASK,
+        weight_key=rounding.stream_key(seed, step, rounding.WEIGHT, row_offset) & _MASK,
+        bias_key=rounding.stream_key(seed, step, rounding.BIAS, row_offset) & _MASK,
     )
     threads.launch(_kernel(width, *labels.kinds(layer, width)), arguments)
     labels.raise_bad_index(layer, fields)

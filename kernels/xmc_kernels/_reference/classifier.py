@@ -104,6 +104,7 @@ def updated_narrow(
     lr: float,
     step: int,
     seed: int,
+    row_offset: int,
     start: int,
 ) -> Tensor:
     """`updated` of weights from label `start` on, whose moments are float8: v's square roots."""
@@ -116,7 +117,7 @@ def updated_narrow(
     roots = None if v is None else v.sqrt()
     for stored, scale, value, stream in zip(moments, scales, (m, roots), (MEAN, ROOT), strict=True):
         if stored is not None and value is not None:
-            key = rounding.stream_key(seed, step, stream)
+            key = rounding.stream_key(seed, step, stream, row_offset)
             store_(stored, scale, value, key, start, vanish=stream == MEAN)
     return new
 
@@ -136,6 +137,7 @@ def classifier_step(
     seed: int = 0,
     smoothing: float = 0.0,
     positive_weight: Tensor | None = None,  # [L]
+    row_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     weight, bias = layer.weight, layer.bias
@@ -187,9 +189,10 @@ def classifier_step(
                 old, scale, decay = param[start:stop].to(grad.dtype), None, 0.0
             if stream == WEIGHT and rule.moment_dtype == "float8":
                 scales = take(state.weight_m_scale), take(state.weight_v_scale)
-                new = updated_narrow(old, grad, moments, scales, rule, lr, step, seed, start)
+                noise = (seed, row_offset, start)
+                new = updated_narrow(old, grad, moments, scales, rule, lr, step, *noise)
             else:
                 new = updated(old, grad, *moments, rule, lr, step, decay)
-            key = rounding.stream_key(seed, step, stream)
+            key = rounding.stream_key(seed, step, stream, row_offset)
             store_(param[start:stop], scale, new, key, start)
     return total.to(torch.float32), d_x.to(x.dtype)

@@ -505,6 +505,7 @@ def classifier_step(
     seed: int,
     grad_scale: float,
     update: bool,
+    row_offset: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
@@ -521,7 +522,7 @@ def classifier_step(
     units = cdiv(width, tiles.block_l)
     parts = deterministic_programs(x_t, units) if deterministic else 0
     d_x_t = input_gradient_buffer(x_t, parts)
-    numbers, key = constants(rule, lr, step), keys(seed, step)
+    numbers, key = constants(rule, lr, step), keys(seed, step, row_offset)
     scratch = torch.empty(num_rows * width, dtype=dtype, device=x.device)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in range(0, num_labels, width):

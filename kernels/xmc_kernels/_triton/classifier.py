@@ -346,6 +346,7 @@ def step_launch(
     seed: int,
     grad_scale: float,
     update: bool,
+    row_offset: int,
     num_rows: int,
 ) -> tuple[Launch, Tensor]:
     """The step over the whole layer, and the programs' parts of the loss."""
@@ -396,8 +397,8 @@ def step_launch(
         "grad_scale": float(grad_scale),
         "decay": float(rule.weight_decay),
         **constants(rule, lr, step),
-        **keys(seed, step),
-        **moment_arguments(state, room, keys(seed, step)),
+        **keys(seed, step, row_offset),
+        **moment_arguments(state, room, keys(seed, step, row_offset)),
     }
     values = {
         "BLOCK_G": tiles.block_g,
@@ -431,6 +432,7 @@ def classifier_step(
     seed: int = 0,
     smoothing: float = 0.0,
     positive_weight: Tensor | None = None,  # [L]
+    row_offset: int = 0,
     *,
     deterministic: bool | None = None,
     by: str | None = None,
@@ -446,7 +448,7 @@ def classifier_step(
     if positive_weight is not None:
         positive_weight = positive_weight.float().contiguous()
     objective = Objective(loss, smoothing, positive_weight)
-    numbers = (objective, rule, lr, step, seed, grad_scale, update)
+    numbers = (objective, rule, lr, step, seed, grad_scale, update, row_offset)
     by = "densify" if layer.index is None else by or strategy(x, layer, deterministic)
     if by == "blocks":
         return blocks.classifier_step(x, layer, positives, state, *numbers, deterministic)

@@ -128,7 +128,7 @@ def _steps() -> Iterator[tuple[str, Launch]]:
                 continue  # those need most registers
             for rule, state, rule_name in _rules(kind, layer):
                 title = f"{name} {rule_name} {form} {_title(layer, dtype, rows)}"
-                numbers = (objective, rule, 0.1, 1, 0, 0.01, kind != "", rows)
+                numbers = (objective, rule, 0.1, 1, 0, 0.01, kind != "", 0, rows)
                 launch, _ = classifier.step_launch(x_t, layer, pairs, d_x_t, state, *numbers)
                 yield f"step {title}", launch
 

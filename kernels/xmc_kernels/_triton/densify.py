@@ -326,6 +326,7 @@ def classifier_step(
     seed: int,
     grad_scale: float,
     update: bool,
+    row_offset: int,
 ) -> tuple[Tensor, Tensor]:  # [], [B, D]
     """Loss and d_x; weights are updated in place, or their gradient is added to the state's."""
     num_labels, bias = layer.num_labels, layer.bias
@@ -334,7 +335,7 @@ def classifier_step(
     width = dense_labels(x, num_labels)
     starts = torch.arange(0, num_labels, width, device=x.device)
     ends = [*positives.first(starts).tolist(), len(positives.labels) - 1]
-    numbers, key = constants(rule, lr, step), keys(seed, step)
+    numbers, key = constants(rule, lr, step), keys(seed, step, row_offset)
     d_x = torch.zeros(x.shape, device=x.device)
     parts = []
     for number, start in enumerate(range(0, num_labels, width)):

@@ -16,5 +16,5 @@ def _mix(x):
 @triton.jit
 def noise(key, rows, columns):
     """32 random bits (uint32) per pair of row and column, int32 that broadcast; use the highest."""
-    row = _mix((rows ^ key).to(tl.uint32, bitcast=True))
+    row = _mix((rows + key).to(tl.uint32, bitcast=True))
     return _mix(row ^ (columns.to(tl.uint32, bitcast=True) * 0x9E3779B9))

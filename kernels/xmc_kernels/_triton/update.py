@@ -111,7 +111,7 @@ def constants(rule: UpdateRule, lr: float, step: int) -> dict[str, float]:
     }
 
 
-def keys(seed: int, step: int) -> dict[str, int]:
+def keys(seed: int, step: int, row_offset: int = 0) -> dict[str, int]:
     """The rounding keys of weights, biases and float8 moments."""
     streams = {
         "weight_key": rounding.WEIGHT,
@@ -119,7 +119,10 @@ def keys(seed: int, step: int) -> dict[str, int]:
         "mean_key": rounding.MEAN,
         "root_key": rounding.ROOT,
     }
-    return {name: rounding.stream_key(seed, step, stream) for name, stream in streams.items()}
+    return {
+        name: rounding.stream_key(seed, step, stream, row_offset)
+        for name, stream in streams.items()
+    }
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def copied(layer: Layer) -> Layer:
     return Layer(weight, index, bias, layer.pattern, scale)
 
 
-def step(p, layer, rule, state, form, number, *, update=True, rows=None):
+def step(p, layer, rule, state, form, number, *, update=True, rows=None, row_offset=0):
     from xmc_kernels._triton import classifier
 
     device = layer.weight.device
@@ -76,7 +76,30 @@ def step(p, layer, rule, state, form, number, *, update=True, rows=None):
         *("squared_hinge", rule, 0.1, number, 1 / (rows or len(p.x)), update, 7),
         by=form,
         deterministic=True,
+        row_offset=row_offset,
     )
+
+
+@pytest.mark.parametrize(("form", "shape", "dtype"), [CASES[n] for n in (1, 5, 7, 9)], ids=str)
+def test_a_part_of_the_labels_rounds_like_the_whole(form, shape, dtype, make) -> None:
+    p, layer = make(shape, dtype)
+    p = replace(p, indptr=torch.zeros_like(p.indptr), indices=p.indices[:0])
+    rule, group = UpdateRule("adamw", moment_dtype="float8"), layer.group
+
+    def after(first: int) -> list[torch.Tensor]:
+        """Of the labels from the groups `first` on."""
+        tensors = (layer.weight, layer.bias, layer.scale)
+        weight, bias, scale = (None if t is None else t[first * group :].clone() for t in tensors)
+        index = None if layer.index is None else layer.index[first:]
+        own = Layer(weight, index, bias, layer.pattern, scale)
+        state = make_state(weight, bias, rule)
+        step(p, own, rule, state, form, 1, row_offset=first * group)
+        made = (weight, scale, state.weight_m, state.weight_v, state.weight_m_scale)
+        return [t.float() for t in made if t is not None]
+
+    first = layer.num_labels // group // 2
+    for whole, part in zip(after(0), after(first), strict=True):
+        assert torch.equal(part, whole[first * group :])
 
 
 @kinds
