@@ -1,66 +1,20 @@
-"""Where a rank stands in a grid of stages and replicas, and its connections there."""
+"""The connections of one rank to the stages before and after it, and to its replicas."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from xmc.distributed.collectives import World, gather_rows
-from xmc.distributed.messages import Channel, Inbox, Kind, Lost, Message, Receiver, Sender
-
-
-class PipelineError(RuntimeError):
-    """Another rank failed or is gone, or the connection to it is."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank's stage and replica; neighbouring stages are neighbouring ranks."""
-
-    rank: int
-    num_stages: int
-    num_replicas: int
-
-    @classmethod
-    def of(cls, world: World, num_stages: int) -> Place:
-        """Raises ValueError where the ranks are no multiple of the stages."""
-        if num_stages < 1 or world.size % num_stages:
-            raise ValueError(
-                f"expected a number of ranks that is a multiple of {num_stages} stages, "
-                f"got {world.size}"
-            )
-        return cls(world.rank, num_stages, world.size // num_stages)
-
-    @property
-    def stage(self) -> int:
-        return self.rank % self.num_stages
-
-    @property
-    def replica(self) -> int:
-        return self.rank // self.num_stages
-
-    @property
-    def is_first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.num_stages - 1
-
-    def __str__(self) -> str:
-        replica = f", replica {self.replica}" if self.num_replicas > 1 else ""
-        return f"rank {self.rank} (stage {self.stage} of {self.num_stages}{replica})"
-
-    def moved(self, stages: int) -> Place:
-        """The place so many stages later in the same replica."""
-        return Place(self.rank + stages, self.num_stages, self.num_replicas)
+from xmc.distributed.couriers import Inbox, Receiver, Sender
+from xmc.distributed.links import Links, PipelineError, first_line
+from xmc.distributed.messages import Channel
+from xmc.distributed.place import Place
 
 
 class Neighbours:
@@ -116,7 +70,7 @@ class Neighbours:
         try:
             yield
         except RuntimeError as error:
-            raise PipelineError(f"{what} failed on {self.place}: {_first_line(error)}") from error
+            raise PipelineError(f"{what} failed on {self.place}: {first_line(error)}") from error
 
     def close(self) -> None:
         """Give the process groups back."""
@@ -210,109 +164,9 @@ class Neighbours:
         return group
 
 
-@dataclass
-class Links:
-    """The threads of one sweep."""
-
-    place: Place
-    inbox: Inbox
-    receivers: dict[int, Receiver]  # by rank
-    before: Sender | None
-    after: Sender | None
-    timeout: float
-
-    @property
-    def num_bytes(self) -> int:
-        """Sent so far."""
-        return sum(sender.num_bytes for sender in self._senders)
-
-    @property
-    def _senders(self) -> list[Sender]:
-        return [sender for sender in (self.before, self.after) if sender is not None]
-
-    def next(self) -> Message:
-        """Whatever arrived first; waits for it."""
-        item = self.inbox.get(self.timeout)
-        if item is None:
-            ranks = " or ".join(str(rank) for rank in self.receivers)
-            raise PipelineError(
-                f"expected a message from rank {ranks} on rank {self.place.rank} within "
-                f"{self.timeout:g} s, got none"
-            )
-        if isinstance(item, Lost):
-            self._raise_lost(item)
-        rank, message = item
-        if message.kind == Kind.FAILURE:
-            raise PipelineError(message.text)
-        self.receivers[rank].taken()
-        return message
-
-    def send_after(self, message: Message) -> None:
-        """To the next stage."""
-        assert self.after is not None
-        self._send(self.after, message)
-
-    def send_before(self, message: Message) -> None:
-        """To the stage before."""
-        assert self.before is not None
-        self._send(self.before, message)
-
-    def flush(self) -> None:
-        """Wait until all is sent."""
-        for sender in self._senders:
-            if not sender.close(self.timeout):
-                raise PipelineError(self._stuck(sender))
-            if sender.lost is not None:
-                self._raise_lost(sender.lost)
-        for receiver in self.receivers.values():
-            receiver.join(self.timeout)
-
-    def end(self, text: str) -> bool:
-        """Tell the neighbours of a failure; True where all connections came to rest."""
-        for receiver in self.receivers.values():
-            receiver.drain()
-        until = time.monotonic() + min(self.timeout, _GRACE)
-        for sender in self._senders:
-            if sender.is_alive():
-                sender.put(Message.failure(text), max(until - time.monotonic(), 0.1))
-        ended = [sender.close(max(until - time.monotonic(), 0.1)) for sender in self._senders]
-        for receiver in self.receivers.values():
-            receiver.join(max(until - time.monotonic(), 0.1))
-            ended.append(not receiver.is_alive())
-        return all(ended)
-
-    def _send(self, sender: Sender, message: Message) -> None:
-        if not sender.put(message, self.timeout):
-            raise PipelineError(self._stuck(sender))
-
-    def _stuck(self, sender: Sender) -> str:
-        return (
-            f"expected rank {sender.peer} to take a message of rank {self.place.rank} within "
-            f"{self.timeout:g} s, it did not"
-        )
-
-    def _raise_lost(self, lost: Lost) -> NoReturn:
-        """With the words of a failure, if some came before the connection was closed."""
-        until = time.monotonic() + 1.0
-        while (left := until - time.monotonic()) > 0:
-            item = self.inbox.get(left)
-            if isinstance(item, tuple) and item[1].kind == Kind.FAILURE:
-                raise PipelineError(item[1].text) from lost.error
-        peer = self.place.moved(lost.peer - self.place.rank)
-        raise PipelineError(f"{peer} is gone: {_first_line(lost.error)}") from lost.error
-
-
 def _told(place: Place, error: BaseException) -> str:
     """What the others hear: the words of the rank where it began."""
     if isinstance(error, PipelineError):
         return str(error)
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     return f"{place} failed: {type(error).__name__}: {error}{notes}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
-_GRACE = 5.0  # seconds for the neighbours to hear of a failure, at most

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from xmc.distributed.collectives import World, sum_
 from xmc.distributed.gradient_sum import sum_gradients_
-from xmc.distributed.neighbours import Neighbours, PipelineError, Place
+from xmc.distributed.links import PipelineError
+from xmc.distributed.neighbours import Neighbours
+from xmc.distributed.place import Place
 from xmc.distributed.stage_runner import StageRunner, buffers_kept
 from xmc.distributed.step_clock import StepClock, StepReport
 from xmc.distributed.sweep import EvaluationSweep, Job, Loss, TrainingSweep, coupled, jobs

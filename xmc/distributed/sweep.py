@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from xmc.distributed.keyed_random import keyed_random, mixed
+from xmc.distributed.links import Links
 from xmc.distributed.messages import Kind, Message
-from xmc.distributed.neighbours import Links, Place
+from xmc.distributed.place import Place
 from xmc.distributed.stage_runner import StageRunner
 from xmc.distributed.step_clock import StepClock
 
