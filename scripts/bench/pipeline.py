@@ -14,9 +14,9 @@ all stages. Sleeps are drawn anew for each run, the same for all engines, whose 
 
 Reported: the time of a step until the last rank is done, the share of it in which a rank is in
 neither a forward nor a backward pass (mean over ranks, median over runs), how many micro-batches
-a rank held at most between their two passes, and what time and share would be (simulated) for the
-same sleeps if nothing else took time. Appends a JSON line per engine and scenario to
-`scripts/bench/results/pipeline.jsonl`.
+a rank held at most between their two passes, the CPU's time per rank, and what time and share
+would be (simulated) for the same sleeps if nothing else took time. Appends a JSON line per engine
+and scenario to `scripts/bench/results/pipeline.jsonl`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def show(records: Sequence[Record]) -> None:
                 f"  {r['what']:25s}{r['median_ms']:8.1f} ms "
                 f"({r['p20_ms']:.1f} - {r['p80_ms']:.1f}; ideal {r['ideal_ms']:.1f})  "
                 f"idle {r['idle_share']:.0%} (ranks {ranks}; ideal {r['ideal_idle_share']:.0%})  "
-                f"in flight {most}",
+                f"in flight {most}, CPU {r['cpu_ms']:.0f} ms",
                 flush=True,
             )
 

@@ -127,31 +127,33 @@ def _measure(rank: int, setting: Setting, limits: list[int], runs: int) -> list[
             meter.reset()
             dist.barrier()
             with meter.backward_timed():
-                started = time.perf_counter()
+                started, started_cpu = time.perf_counter(), time.process_time()
                 engine()
-                spent = time.perf_counter() - started
+                spent, cpu = time.perf_counter() - started, time.process_time() - started_cpu
             if step == 0:  # warms up, and torch's engines run each stage once more for the shapes
                 gradients[name] = torch.cat(
                     [p.grad.flatten() for p in work.parameters() if p.grad is not None]
                 )
                 continue
-            seconds[name].append(torch.tensor([spent, meter.busy], dtype=torch.float64))
+            seconds[name].append(torch.tensor([spent, meter.busy, cpu], dtype=torch.float64))
             most[name] = max(most[name], meter.most_in_flight)
     truth = gradients[GPIPE]
     ideals = _ideals(setting, limits, range(1, runs + 1))
     lines = []
     for name in engines:
         error = float((gradients[name] - truth).abs().max() / truth.abs().max())
-        own = torch.stack([*seconds[name], torch.tensor([most[name], error], dtype=torch.float64)])
+        own = torch.stack(
+            [*seconds[name], torch.tensor([most[name], error, 0], dtype=torch.float64)]
+        )
         gathered = [torch.empty_like(own) for _ in range(setting.stages)]
         dist.all_gather(gathered, own)
         lines.append({"what": name, **_line(torch.stack(gathered).numpy()), **ideals[name]})
     return lines
 
 
-def _line(values: np.ndarray) -> dict[str, Any]:  # [ranks, runs + 1, 2]
+def _line(values: np.ndarray) -> dict[str, Any]:  # [ranks, runs + 1, 3]
     """Milliseconds of a step until the last rank is done, and what share of it ranks were idle."""
-    spent, busy = values[:, :-1, 0], values[:, :-1, 1]
+    spent, busy, cpu = np.moveaxis(values[:, :-1], 2, 0)
     step = spent.max(0)
     idle = 1 - busy / step
     low, median, high = (float(q) for q in np.quantile(1e3 * step, [0.2, 0.5, 0.8]))
@@ -162,6 +164,7 @@ def _line(values: np.ndarray) -> dict[str, Any]:  # [ranks, runs + 1, 2]
         "runs": len(step),
         "idle_share": round(float(np.median(idle.mean(0))), 4),  # mean over ranks
         "idle_share_by_rank": [round(float(q), 4) for q in np.median(idle, axis=1)],
+        "cpu_ms": round(float(np.median(1e3 * cpu.mean(0))), 3),  # of a rank, all its threads
         "max_in_flight_by_rank": [int(count) for count in values[:, -1, 0]],
         "gradient_difference": float(values[:, -1, 1].max()),
     }

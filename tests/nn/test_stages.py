@@ -234,6 +234,21 @@ def test_adapters_and_frozen_layers_stay() -> None:
     ]
 
 
+def test_cutting_leaves_training_modes_as_they_are() -> None:
+    """A loaded model is in evaluation mode inside of a module in training mode."""
+    encoder = TransformerEncoder(tiny("bert").eval(), dropout=0.5)
+    after = nn.Dropout(0.5).eval()
+    modes = {name: module.training for name, module in encoder.named_modules()}
+    first, second = cut_encoder(encoder, [2], intermediate=after)
+    assert {name: module.training for name, module in encoder.named_modules()} == modes
+    assert (second.training, second.dropout.training, after.training) == (True, True, False)
+    tokens = ragged()
+    torch.manual_seed(1)
+    expected = encoder(tokens)
+    torch.manual_seed(1)
+    assert torch.equal(run([first, second], tokens), expected)
+
+
 def test_a_stage_does_not_hold_what_others_have() -> None:
     encoder = TransformerEncoder(tiny("bert"))
     stages = cut_encoder(encoder, [2])
@@ -258,6 +273,10 @@ def test_what_cannot_be_cut_is_an_error_that_says_why() -> None:
             cut_encoder(encoder, cuts)
     with pytest.raises(ValueError, match="expected an encoder that is not compiled: cut it, then"):
         cut_encoder(TransformerEncoder(model, compile=True), [1])
+    compiled = tiny("bert")
+    compiled._compiled_call_impl = compiled.forward  # what `compile` sets
+    with pytest.raises(ValueError, match="expected an encoder that is not compiled"):
+        cut_encoder(compiled, [1])
     albert = transformers.AlbertModel(
         transformers.AlbertConfig(
             vocab_size=9, embedding_size=4, hidden_size=8, num_attention_heads=2

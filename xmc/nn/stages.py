@@ -168,19 +168,19 @@ def cut_encoder(
     if (whole is not None and whole._to_compile) or model._compiled_call_impl is not None:
         raise ValueError("expected an encoder that is not compiled: cut it, then compile stages")
     family = _family(model)
-    num_units = len(_layers(model, family)) + 2
-    cuts = list(cuts)
-    if any(stop <= start for start, stop in pairwise([0, *cuts, num_units])):
+    total = num_units(encoder)
+    bounds = [0, *cuts, total]
+    if any(stop <= start for start, stop in pairwise(bounds)):
         raise ValueError(
-            f"expected increasing cuts between 1 and {num_units - 1} for an encoder of {num_units} "
-            f"units (embeddings, layers, pooling), got {cuts}"
+            f"expected increasing cuts between 1 and {total - 1} for an encoder of {total} "
+            f"units (embeddings, layers, pooling), got {bounds[1:-1]}"
         )
     stages = []
-    for start, stop in pairwise([0, *cuts, num_units]):
-        is_last = stop == num_units
+    for start, stop in pairwise(bounds):
+        is_last = stop == total
         pools = is_last and whole is not None
         stage = EncoderStage(
-            _part(model, family, start, stop, num_units),
+            _part(model, family, start, stop, is_last=is_last),
             is_first=start == 0,
             is_last=is_last,
             tables=family.tables,
@@ -189,7 +189,9 @@ def cut_encoder(
             autocast=whole.autocast if whole is not None else "none",
             intermediate=intermediate if pools else None,
         )
-        stages.append(stage.train(encoder.training))
+        # Not `train`, which would set the parts of the encoder.
+        stage.training = stage.dropout.training = encoder.training
+        stages.append(stage)
     _check_complete(model, stages)
     return stages
 
@@ -274,7 +276,7 @@ def _layers(model: nn.Module, family: _Family) -> nn.ModuleList:
     return layers
 
 
-def _part(model: nn.Module, family: _Family, start: int, stop: int, num_units: int) -> nn.Module:
+def _part(model: nn.Module, family: _Family, start: int, stop: int, *, is_last: bool) -> nn.Module:
     """The model with units start to stop alone; shares them with it."""
     layers = nn.ModuleList()
     for number, layer in enumerate(_layers(model, family), 1):
@@ -285,7 +287,7 @@ def _part(model: nn.Module, family: _Family, start: int, stop: int, num_units: i
         replaced |= {name: nn.Identity() for name in family.first[1:]}
         replaced |= {name: _Table() for name in family.tables}
         replaced[family.first[0]] = _Received()
-    if stop < num_units:
+    if not is_last:
         replaced |= {name: nn.Identity() for name in family.last}
     for name, module in replaced.items():
         model = _with(model, name, module)
