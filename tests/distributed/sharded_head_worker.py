@@ -9,15 +9,16 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from xmc.config import AuxiliaryConfig, HeadConfig, OptimizerConfig, RewireConfig
+from xmc.config import AuxiliaryConfig, HeadConfig, OptimizerConfig, RewireConfig, from_dict
 from xmc.distributed.collectives import World
 from xmc.heads.arranged import ArrangedHead
 from xmc.heads.auxiliary import AuxiliaryHead
 from xmc.heads.bag import BagClassifierHead
 from xmc.heads.classifier import ClassifierHead
+from xmc.model import build_model
 from xmc.nn.bag_reps import join_bag
 from xmc.nn.clusters import Clusters
-from xmc.types import Bag, SparseLabels, TopK
+from xmc.types import Bag, BagReps, SparseLabels, TopK
 
 D, ROWS = 24, 13
 
@@ -160,6 +161,29 @@ def train_auxiliary() -> dict[str, Any]:
         "shards": head.row_shards(),
         "best": [],
         "chosen": torch.zeros(1),
+    }
+
+
+def model(options: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+    """A fresh model and its answers for batches of some sizes, every rank with all rows."""
+    torch.manual_seed(1)
+    features: Any = SimpleNamespace(num_features=40)
+    config = from_dict(options, source="test")
+    labels = [str(label) for label in range(30)]
+    built = build_model(config, features, labels, world=World.current())
+    data = torch.Generator().manual_seed(5)
+    reps, best = [], []
+    for size in sizes:
+        bag = draw_bag(40, data).slice(0, size)
+        read = built.reps(bag)
+        reps.append(read.values if isinstance(read, BagReps) else read)
+        best.append(pair(built.topk(bag, 5)))
+    return {
+        "next": torch.rand(3),
+        "weights": named(built.weights()),
+        "shards": built.row_shards(),
+        "reps": reps,
+        "best": best,
     }
 
 

@@ -50,15 +50,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_train_what_one_process_trains(ranks: Any, name: str, size: int) -> None:
+def test_ranks_train_what_one_process_trains(ranks: Any, name: str) -> None:
     (alone,) = ranks(1, WORKER, "train", CASES[name])
-    many = ranks(size, WORKER, "train", CASES[name])
-    check(many, alone, rtol=1e-10, atol=1e-12)
+    for size in (2, 4) if "rewire" in CASES[name] else (2,):
+        many = ranks(size, WORKER, "train", CASES[name])
+        check(many, alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shares", [(13, 0), (0, 13), (1, 12), (6, 0, 7, 0), (0, 0, 0, 13)])
+@pytest.mark.parametrize("shares", [(13, 0), (1, 12), (6, 0, 7, 0), (0, 0, 0, 13)])
 def test_rows_may_be_unequal_and_missing(ranks: Any, shares: tuple[int, ...]) -> None:
     for name in ("rigl", "order rigl"):
         (alone,) = ranks(1, WORKER, "train", CASES[name])
@@ -75,13 +75,36 @@ def test_a_head_of_bags_learns_the_same(ranks: Any, shares: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("bags", [False, True])
+def test_a_model_answers_alike_for_any_batch(ranks: Any, size: int, bags: bool) -> None:
+    head = {"fan_in": 6, "bag_fan_in": 4} if bags else {"fan_in": 6, "group_size": 4}
+    options = {"encoder": {"dim": 16, "intermediate": 12}, "head": head}
+    sizes = [13, 3, 1, 0]
+    (alone,) = ranks(1, WORKER, "model", options, sizes)
+    many = ranks(size, WORKER, "model", options, sizes)
+    for name, tensor in joined(many, "weights").items():
+        assert torch.equal(tensor, alone["weights"][name]), name
+    divided = {name for name in many[0]["shards"] if name in many[0]["weights"]}
+    part = "head." if bags else "head.sparse."  # 30 labels in groups of 4
+    assert divided == {f"{part}layer.{name}" for name in ("weight", "index", "bias")}
+    for rank in many:
+        assert torch.equal(rank["next"], alone["next"])
+        torch.testing.assert_close(rank["reps"], alone["reps"])
+        for best, expected in zip(rank["best"], alone["best"], strict=True):
+            torch.testing.assert_close(best[0], expected[0], rtol=1e-5, atol=1e-6)
+            assert torch.equal(best[1], expected[1])
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_the_auxiliary_head_learns_the_same(ranks: Any, size: int) -> None:
     (alone,) = ranks(1, WORKER, "train_auxiliary")
     check(ranks(size, WORKER, "train_auxiliary"), alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["adamw", "dense", "groups rigl", "n:m set", "order set"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("adamw", 4), ("dense", 2), ("groups rigl", 4), ("n:m set", 2), ("order set", 4)],
+)
 def test_compiled_in_float32(ranks: Any, name: str, size: int) -> None:
     """Each label is computed alike; sums over labels are rounded otherwise."""
     (alone,) = ranks(1, WORKER, "train", CASES[name] | {"double": False})
