@@ -69,7 +69,7 @@ class XMCModel(nn.Module):
         self.intermediate = nn.Identity() if intermediate is None else intermediate
         self.head = head
         # Of the head's labels; encoder and layers between are whole on every rank.
-        self.world = World.alone() if isinstance(head, RetrievalHead) else head.world
+        self.world = head.world
         self.folder: Path | None = None  # where it was loaded from
 
     @torch.inference_mode()
@@ -160,8 +160,6 @@ class XMCModel(nn.Module):
         Names are those of `weights()`, and with "head." before them those of the head's
         `training_state()`. All other tensors are the same on every rank.
         """
-        if isinstance(self.head, RetrievalHead):
-            return {}
         return {f"head.{name}": rows for name, rows in self.head.row_shards().items()}
 
     def num_bytes(self) -> int:
@@ -189,7 +187,7 @@ def build_model(
     if config.train.objective == "contrastive":
         encoder = _build_encoder(config, features, config.encoder.model)
         intermediate, _ = _build_intermediate(config, encoder.out_features)
-        return _retrieval_model(config, features, labels, encoder, intermediate)
+        return _retrieval_model(config, features, labels, encoder, intermediate, world)
     wanted = {
         "positive_weight": (config.head.positive_weight != "none", positive_weight),
         "order": (config.head.order != "none" or config.head.dense_share > 0, order),
@@ -267,7 +265,7 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
     with torch.device("meta"):
         intermediate, width = _build_intermediate(config, encoder.out_features)
         if config.train.objective == "contrastive":
-            model = _retrieval_model(config, features, labels, encoder, intermediate)
+            model = _retrieval_model(config, features, labels, encoder, intermediate, world)
         else:
             num_bag_features = features.num_features
             head = _build_head(
@@ -343,13 +341,14 @@ def _retrieval_model(
     labels: list[str],
     encoder: BagEncoder | TransformerEncoder,
     intermediate: nn.Module | None,
+    world: World | None,
 ) -> XMCModel:
     """A dual encoder; separate encoders start as copies of one another."""
     label_tower = None
     if config.contrastive.encoders == "separate":
         label_tower = copy.deepcopy(Tower(encoder, intermediate or nn.Identity()))
     dim = config.encoder.intermediate or encoder.out_features
-    head = RetrievalHead(len(labels), dim, config.contrastive, label_tower=label_tower)
+    head = RetrievalHead(len(labels), dim, config.contrastive, label_tower=label_tower, world=world)
     return XMCModel(config, features, labels, encoder, head, intermediate)
 
 

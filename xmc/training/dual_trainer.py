@@ -13,15 +13,17 @@ from xmc.config import Config
 from xmc.data.batches import Dataset
 from xmc.data.label_store import LabelTexts
 from xmc.data.pairs import Pairs, epoch_pairs, trainable_labels
+from xmc.distributed.data_parallel import own_part, own_rows
 from xmc.distributed.sharding import RowShard
 from xmc.losses import info_nce
 from xmc.model import XMCModel
 from xmc.training.checkpoint import load_into
+from xmc.training.dual_replica import DualReplica, Share
 from xmc.training.encoder_optimizer import clip_gradient_, make_encoder_optimizer
 from xmc.training.grad_cache import cached_step
 from xmc.training.log import RunLog
 from xmc.training.loop import StepReport, TrainingError
-from xmc.training.mining import document_tower, embed_labels_, label_tower, mine, mining_is_due
+from xmc.training.mining import embed_labels_, label_tower, mine, mining_is_due
 from xmc.training.progress import Track, untracked
 from xmc.training.schedule import lr_factor
 from xmc.training.validation import validation_scores
@@ -36,6 +38,10 @@ class DualTrainer:
 
     `xmc.training.loop.TrainingLoop` runs it. Embeddings of the labels are made anew for every
     validation and mining, from the weights there are.
+
+    The ranks of the model's world train it together, as one process would: each encodes its share
+    of a batch's documents and keys, the loss is that of all of them, and each embeds and holds a
+    part of the labels. Mined labels are the same on every rank.
     """
 
     def __init__(
@@ -54,8 +60,8 @@ class DualTrainer:
         self.label_texts = label_texts
         self.labels = trainable_labels(train_set.labels, label_texts.known)
         self.device = self.head.embeddings.device
-        self.towers = (document_tower(model), label_tower(model))
-        self.trained = nn.ModuleList([model.body, *([] if self._tied else [self.towers[1]])])
+        self.replica = DualReplica(model, config)
+        self.trained = nn.ModuleList([model.body, *([] if self._tied else [label_tower(model)])])
         self.optimizer = _make_optimizer(self.trained, self.head.log_scale, config)
         options = config.train
         self.num_rows = int((self.labels.counts() > 0).sum())
@@ -97,18 +103,22 @@ class DualTrainer:
     def run_step(self, work: Pairs, log: RunLog, *, measure: bool) -> StepReport:
         """An optimizer step; logs the temperature after it and the keys it had."""
         self._set_rates()
+        shares = [self.replica.share(rows) for rows in (work.rows, work.keys)]
+        stores = (self.train_set.features, self.label_texts.features)
         inputs = [
-            self.train_set.features.rows(work.rows).to(self.device),
-            self.label_texts.features.rows(work.keys).to(self.device),
+            store.rows(share.rows).to(self.device)
+            for store, share in zip(stores, shares, strict=True)
         ]
-        loss = self._loss_and_gradients(inputs, work)
+        self.replica.draw_apart_(self.step)
+        loss = self._loss_and_gradients(inputs, work, shares)
+        self.replica.sum_gradients_()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {self.step}: lower encoder_optimizer.lr"
             )
         norm = 0.0
         if measure or self.config.train.clip_norm:
-            norm = clip_gradient_(self.trained, self.config.train.clip_norm)
+            norm = clip_gradient_(self.trained, self.config.train.clip_norm, self.replica.world)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -134,14 +144,15 @@ class DualTrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and mined negatives, for a checkpoint."""
-        tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        tensors = {f"model.{name}": own_part(tensor) for name, tensor in self._weights().items()}
         if self.mined is not None:
             tensors["negatives.mined"] = self.mined
         return tensors
 
     def row_shards(self) -> dict[str, RowShard]:
-        """None: a dual encoder is trained by one process."""
-        return {}
+        """Which rows this rank has of weights that ranks share; the mined labels are whole."""
+        rows = {name: own_rows(tensor) for name, tensor in self._weights().items()}
+        return {f"model.{name}": part for name, part in rows.items() if part is not None}
 
     def state(self) -> dict[str, Any]:
         """Nothing that is not in `tensors`."""
@@ -149,7 +160,8 @@ class DualTrainer:
 
     def restore_(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what a checkpoint holds; its optimizer is the loop's business."""
-        load_into(self._weights(), tensors, "model.")
+        weights = {name: own_part(tensor) for name, tensor in self._weights().items()}
+        load_into(weights, tensors, "model.")
         self.mined = tensors.get("negatives.mined")
         self._embedded_at = -1
 
@@ -168,26 +180,30 @@ class DualTrainer:
         )
         self._embedded_at = self.step
 
-    def _loss_and_gradients(self, inputs: Sequence[Any], work: Pairs) -> float:
-        """The loss of a batch; fills the gradients."""
-        options = self.config.contrastive
-        positives = work.positives.to(self.device)
+    def _loss_and_gradients(
+        self, inputs: Sequence[Any], work: Pairs, shares: Sequence[Share]
+    ) -> float:
+        """The loss of a batch, the same on every rank; fills the gradients of this rank's rows."""
+        options, replica = self.config.contrastive, self.replica
+        documents, keys = shares
+        positives = replica.positives(work, documents).to(self.device)
 
-        def loss(queries: Tensor, keys: Tensor) -> Tensor:
+        def loss(of_documents: Tensor, of_keys: Tensor) -> Tensor:
             return info_nce(
-                queries,
-                keys,
+                of_documents[: documents.count],
+                of_keys[: keys.count],
                 scale=self.head.scale,
                 symmetric=options.symmetric,
                 positives=positives,
-                query_ids=work.query_ids.to(self.device),
-                key_ids=work.key_ids.to(self.device),
+                query_ids=documents.of(work.query_ids).to(self.device),
+                key_ids=keys.of(work.key_ids).to(self.device),
                 decoupled=options.decoupled,
+                world=replica.world,
             )
 
         if options.chunk:
-            return float(cached_step(self.towers, inputs, loss, chunk=options.chunk))
-        value = loss(*(tower(x) for tower, x in zip(self.towers, inputs, strict=True)))
+            return float(cached_step(replica.towers, inputs, loss, chunk=options.chunk))
+        value = loss(*(replica.encode(n, inputs[n], shares[n]) for n in range(2)))
         value.backward()
         return float(value.detach())
 

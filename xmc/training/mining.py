@@ -12,7 +12,7 @@ from xmc.heads.retrieval import RetrievalHead
 from xmc.model import XMCModel
 from xmc.nn.tower import Tower
 from xmc.training.progress import Track, untracked
-from xmc.types import SparseLabels
+from xmc.types import LabelShard, SparseLabels
 
 
 def mining_is_due(options: NegativesConfig, epoch: int) -> bool:
@@ -27,22 +27,38 @@ def embed_labels_(
 ) -> None:
     """Give the head the embeddings of all labels that have a text; others stay 0.
 
-    Goes by `batch_size` labels; without dropout, and torch's random state is not touched.
+    Goes by `batch_size` labels; without dropout, and torch's random state is not touched. On
+    several ranks each embeds those of its shard, in as many passes as the others, which encoders
+    that talk to each other (FSDP) need. Sends nothing else.
     """
     head = model.retrieval
-    tower = label_tower(model)
+    tower, shard = label_tower(model), head.shard
     device = head.embeddings.device
     embeddings = torch.zeros_like(head.embeddings)
     rows = texts.known.nonzero().flatten()
+    shards = (
+        LabelShard.partition(head.num_labels, rank, head.world.size)
+        for rank in range(head.world.size)
+    )
+    most = max(len(_inside(rows, other)) for other in shards)
+    own = _inside(rows, shard)
     training = tower.training
     tower.eval()
     try:
-        for start in track(range(0, len(rows), batch_size), "labels"):
-            chosen = rows[start : start + batch_size]
-            embeddings[chosen.to(device)] = tower(texts.features.rows(chosen).to(device)).float()
+        for start in track(range(0, most, batch_size), "labels"):
+            chosen = own[start : start + batch_size]
+            # A rank without labels left encodes one in vain.
+            read = chosen if len(chosen) else rows[:1]
+            reps = tower(texts.features.rows(read).to(device)).float()
+            embeddings[(chosen - shard.start).to(device)] = reps[: len(chosen)].to(embeddings.dtype)
     finally:
         tower.train(training)
-    head.set_embeddings_(embeddings, texts.known)
+    head.set_embeddings_(embeddings, texts.known[shard.start : shard.stop])
+
+
+def _inside(rows: Tensor, shard: LabelShard) -> Tensor:
+    """The labels of a shard among rising ones."""
+    return rows[(rows >= shard.start) & (rows < shard.stop)]
 
 
 @torch.no_grad()
@@ -56,7 +72,8 @@ def mine(
 ) -> Tensor:  # [N, pool] int32
     """The nearest labels of each row that are none of its own nor filtered; -1 for none.
 
-    By the embeddings that the head holds, the nearest `skip` left out.
+    By the embeddings that the head holds, the nearest `skip` left out. On several ranks each
+    encodes a share of every batch and compares it with its labels, and all get the same.
     """
     head = model.retrieval
     device = head.embeddings.device
