@@ -35,8 +35,12 @@ def make_auxiliary(
     train_set: Dataset,
     in_features: int,
     device: torch.device,
+    world: World = World.alone(),
 ) -> AuxiliaryHead | None:
-    """A fresh auxiliary head, None without the objective; starts as the classifier's bias does."""
+    """A fresh auxiliary head, None without the objective; starts as the classifier's bias does.
+
+    The ranks of a world divide its clusters.
+    """
     if clusters is None or config.auxiliary.kind == "none":
         return None
     clusters = clusters.coarser(config.auxiliary.max_labels)
@@ -44,7 +48,7 @@ def make_auxiliary(
     if config.head.bias_init == "log_prior":
         shares = cluster_shares(clusters, train_set.labels)
     head = AuxiliaryHead.from_config(
-        in_features, clusters, config.auxiliary, seed=config.train.seed, shares=shares
+        in_features, clusters, config.auxiliary, seed=config.train.seed, shares=shares, world=world
     )
     return head.to(device)
 

@@ -85,7 +85,10 @@ class Task(Protocol):
         ...
 
     def row_shards(self) -> dict[str, RowShard]:
-        """Which rows this rank has of those of `tensors()` that are only a part here."""
+        """Which rows this rank has of those of `tensors()` that are only a part here.
+
+        May name others, too.
+        """
         ...
 
     def state(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Train
         rows,
         setup.validation_set,
         # Held by the trainer alone, which drops it at the cut-off.
-        auxiliary=make_auxiliary(config, clusters, train_set, width, setup.device),
+        auxiliary=make_auxiliary(config, clusters, train_set, width, setup.device, setup.world),
     )
     return trainer, {"label_text_rows": len(rows) - len(train_set)}
 

@@ -346,17 +346,15 @@ class Trainer:
         return tensors
 
     def row_shards(self) -> dict[str, RowShard]:
-        """Which rows this rank has of those of `tensors()` that are only a part here."""
-        weights, head = self.model.weights(), self.model.row_shards()
-        shards = {f"model.{name}": head[name] for name in weights if name in head}
-        for name, tensor in weights.items():
+        """Which rows this rank has of tensors that are only a part here."""
+        shards = {f"model.{name}": rows for name, rows in self.model.row_shards().items()}
+        for name, tensor in self.model.weights().items():
             if (rows := own_rows(tensor)) is not None:
                 shards[f"model.{name}"] = rows
-        for name in self.head.training_state():
-            if (rows := head.get(f"head.{name}")) is not None:
-                shards[f"head.{name}"] = rows
-        if self.ages is not None:
-            shards |= {f"rewire.{name}": rows for name, rows in self.ages.row_shards().items()}
+        parts = {"head": self.head, "rewire": self.ages, "auxiliary": self.auxiliary}
+        for prefix, part in parts.items():
+            if part is not None:
+                shards |= {f"{prefix}.{name}": rows for name, rows in part.row_shards().items()}
         return shards
 
     def state(self) -> dict[str, Any]:
