@@ -73,10 +73,6 @@ def test_any_limit_and_any_slow_stage_give_the_same_bits(ranks: Any, limit: int)
                 assert torch.equal(grad, other[name]["grads"][key])
             assert result[name]["report"].max_in_flight <= limit
     assert results[0]["step"]["report"].max_in_flight == limit
-    # One message at a time: with a limit of one the stages take turns.
-    if limit == 1:
-        shares = [1 - result["step"]["report"].idle_share for result in results]
-        assert sum(shares) <= 1.1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

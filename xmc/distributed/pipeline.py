@@ -58,10 +58,14 @@ class Pipeline:
     hold the same one. All ranks build the pipeline together: it makes process groups. Without
     torch.distributed there is one stage and one replica, which is the unpipelined step.
 
+    `pipeline_limit` bounds how many micro-batches have activations anywhere; by default, as
+    published, the number of stages. Twice as many hide more of what a slow or irregular stage
+    costs the others; beyond that there is little to gain.
+
     `checkpointing` keeps of a micro-batch only what this stage received and computes the rest again
-    before its backward pass (not on the last stage, whose backward pass follows at once), random
-    numbers and running statistics being those of the first time. `timeout` is for how many seconds
-    a rank that has nothing to do waits for a message.
+    before its backward pass, with the same random numbers; running statistics count it once. Not on
+    the last stage, whose backward pass follows at once. `timeout` is for how many seconds a rank
+    that has nothing to do waits for a message.
 
     Tensors on CPUs go through gloo. Those on GPUs go through NCCL where the default group has it
     ("cpu:gloo,cuda:nccl"), once the pass that makes them is done, and through host memory where
@@ -92,6 +96,8 @@ class Pipeline:
         parameters = [p for cut in cuts for p in cut.parameters()]
         first = parameters[0].device if parameters else torch.device("cpu")
         self.device = first if device is None else torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.place = Place.of(World.current(), num_stages)
         self._limit = limit
         self._neighbours = Neighbours(
