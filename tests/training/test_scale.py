@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,13 @@ def test_measured_rates_give_back_what_was_measured() -> None:
     assert 0 < two.classifier <= one.classifier and 0 < two.encoder <= one.encoder
 
 
+def test_a_last_group_that_is_not_full_is_measured_like_others() -> None:
+    config = config_of(head={"group_size": 16}, train={"batch_size": 2})
+    plan = make_plan(config, workload_of(100), measure=True)
+    two = plan_scale(plan, [2]).ranks[0].time
+    assert two is not None and two.classifier > 0
+
+
 def test_the_smallest_number_of_ranks_fits_and_one_less_does_not() -> None:
     config = config_of(head={"fan_in": 64})
     plan = make_plan(config, workload_of(10**7, label_chars=0), device="cuda", memory=10**9)
@@ -355,6 +363,35 @@ def test_the_plot_has_both_panels(tmp_path: Path) -> None:
     assert scale is not None and [r.ranks for r in scale.ranks] == [1, 2, 4, 6]
     assert path.read_text().startswith("<?xml")
     assert plan_ranks(plan, None) is None
+
+
+def test_the_command_answers_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from xmc.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        sizes = ("--labels", "100000000", "--features", "1000", "--no-measure", "--device", "cuda")
+        monkeypatch.setattr(sys, "argv", ["xmc", "plan", "quickstart", *sizes, *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        return code, *capsys.readouterr()
+
+    code, out, _ = run("--ranks", "1,8,64", "--memory", "16GB", "--json", "--weak")
+    values = json.loads(out)
+    assert code == 0 and values["scaling"] == "weak"
+    assert [ranks["fits"] for ranks in values["ranks"]] == [False, True, True]
+    plot = tmp_path / "plan.png"
+    network = ("--bandwidth", "100Gbit/s", "--latency", "1ms", "--plot", str(plot))
+    code, out, _ = run("--ranks", "2,4", "--memory", "16GB", *network)
+    assert code == 3 and "the smallest number that fits 16.00 GB each: 7 ranks" in out
+    assert "network: 12.50 GB a second and rank, 1 ms a turn of the ring" in " ".join(out.split())
+    assert plot.stat().st_size > 10_000
+    code, _, errors = run("--ranks", "0")
+    assert code == 2 and "xmc: --ranks: expected at least 1 rank, got 0" in errors
 
 
 def test_options_are_read() -> None:

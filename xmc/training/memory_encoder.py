@@ -122,7 +122,9 @@ def encoder_replica(encoder: Encoder, ranks: Ranks) -> list[Component]:
     """What DDP keeps for good, or FSDP gathers while the encoder runs; nothing for one rank.
 
     DDP's gradients are views of buckets that stay allocated. FSDP has a layer gathered and the next
-    one on its way, and the weights outside layers from the first to the last of a pass.
+    one on its way, and the weights outside layers from the first to the last of a pass. Of a BERT
+    of 6 layers, H = 384, 2 ranks took 65 MB more by DDP than alone and 53 MB less by FSDP, where
+    this says 91 and 73 (one process alone 995 MB; torch 2.13.0, gloo, 2026-11-22).
     """
     shape = encoder.transformer
     if shape is None or ranks.size == 1:

@@ -78,7 +78,7 @@ def transformer_operations(sizes: Sizes, rows: int) -> float:
 def classifier_seconds(sizes: Sizes, rows: int, num_labels: int | None = None) -> float:
     """Of one pass over all labels, or over as many as these."""
     group = sizes.config.head.group_size
-    most = num_labels or sizes.workload.num_labels
+    most = -(-(num_labels or sizes.workload.num_labels) // group) * group  # phantom rows too
     labels = min(most, max(1, 4096 // group) * group)
     while True:
         step = _classifier_step(sizes, labels, rows)
