@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -319,3 +320,33 @@ def steps_through_nccl(store: str, num_stages: int, number: int) -> dict[str, An
         "cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size
     )
     return steps(num_stages, number, device=f"cuda:{rank}")
+
+
+class Counting(nn.Module):
+    """Counts how many of its outputs exist at once, with the graphs that they hold."""
+
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self.linear, self.delay = nn.Linear(DIM, DIM), delay
+        self.outputs: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.delay)
+        y = self.linear(x)
+        self.outputs.append(weakref.ref(y))
+        self.most = max(self.most, sum(output() is not None for output in self.outputs))
+        return y
+
+
+def outputs_at_once(limit: int, checkpointing: bool) -> tuple[int, int]:
+    """As the stage sees it, and as the report says; the last stage is slow."""
+    rank = World.current().rank
+    stage = Counting(0.01 if rank == 2 else 0)
+    with Pipeline(
+        stage, num_stages=3, pipeline_limit=limit, checkpointing=checkpointing, timeout=30
+    ) as pipeline:
+        inputs = [torch.ones(2, DIM) for _ in range(8)]
+        loss = differentiated(lambda outputs, index: outputs.sum())
+        report = pipeline.step(inputs, loss).report
+    return stage.most, report.max_in_flight

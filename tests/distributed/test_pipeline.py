@@ -75,6 +75,17 @@ def test_any_limit_and_any_slow_stage_give_the_same_bits(ranks: Any, limit: int)
     assert results[0]["step"]["report"].max_in_flight == limit
 
 
+@pytest.mark.parametrize("limit", [1, 2, 4])
+def test_no_stage_holds_more_graphs_than_the_limit(ranks: Any, limit: int) -> None:
+    first, middle, last = ranks(3, WORKER, "outputs_at_once", limit, False)
+    assert first == (limit, limit)
+    assert middle[0] == middle[1] <= limit
+    assert last == (1, 1)
+    for seen, counted in ranks(3, WORKER, "outputs_at_once", limit, True):
+        assert seen == 1  # no graph waits for its gradient
+        assert counted <= limit
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_tensors_of_all_kinds_travel(
