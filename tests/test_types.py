@@ -240,3 +240,17 @@ def test_partition_covers_all_labels_in_order_and_evenly(num_labels, world_size)
 def test_partition_refuses_a_rank_outside_the_world(rank):
     with pytest.raises(ValueError, match=rf"expected a rank in \[0, 3\), got {rank}"):
         LabelShard.partition(10, rank, 3)
+
+
+def test_units_are_divided_whole() -> None:
+    shards = [LabelShard.partition(22, rank, 3, unit=4) for rank in range(3)]
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 8), (8, 16), (16, 22)]
+
+
+def test_labels_of_a_shard_count_from_its_first() -> None:
+    labels = SparseLabels.from_lists([[0, 3, 4], [], [5], [1, 9], [2, 3, 4, 5]], 10)
+    dense = labels.to_dense()
+    for start, stop in ((0, 3), (3, 6), (6, 9), (9, 10), (0, 10)):
+        own = labels.within(LabelShard(start, stop, 10))
+        own.validate()
+        assert torch.equal(own.to_dense(), dense[:, start:stop])
