@@ -68,6 +68,15 @@ def test_rows_under_an_offset_draw_like_those_of_the_whole() -> None:
         assert torch.equal(part, whole[offset:])
 
 
+def test_an_offset_below_zero_is_refused(problem) -> None:
+    with pytest.raises(ValueError, match="expected row_offset of at least 0, got -1"):
+        classifier_step_(
+            *problem(3, 8, 6, 2).tensors,
+            **{"loss": "bce", "rule": UpdateRule("sgd"), "state": ClassifierState(), "lr": 0.1},
+            **{"step": 1, "grad_scale": 1.0, "row_offset": -1},
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, float8.DTYPE])  # compiled, and the reference
 def test_a_part_of_the_labels_rounds_like_the_whole(dtype, problem) -> None:
     p = problem(6, 20, 50, 8)

@@ -243,7 +243,10 @@ class ClassifierHead(nn.Module):
         reps: Tensor,  # [B, D]
         labels: Tensor,  # [B, C] int64, -1 for padding
     ) -> Tensor:  # [B, C] float32
-        """The exact scores of chosen labels, see `xmc.heads.candidates`; one all-reduce of them."""
+        """The exact scores of chosen labels, see `xmc.heads.candidates`; the same on all ranks.
+
+        One all-reduce of [B, C].
+        """
         return self._candidate_scores(reps, labels)
 
     def _candidate_scores(
