@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from xmc import losses
     from xmc.nn.fan_in import FixedFanIn, FixedFanInLinear
     from xmc.serving.evaluate import evaluate
+    from xmc.serving.export import export
     from xmc.serving.predictor import Predictor
     from xmc.training.run import train
 
-__all__ = ["FixedFanIn", "FixedFanInLinear", "Predictor", "evaluate", "losses", "train"]
+__all__ = ["FixedFanIn", "FixedFanInLinear", "Predictor", "evaluate", "export", "losses", "train"]
 
 # Loaded at first use: `import xmc` stays quick and pulls in neither numba nor transformers.
 _HOME = {
@@ -20,6 +21,7 @@ _HOME = {
     "FixedFanInLinear": "xmc.nn.fan_in",
     "Predictor": "xmc.serving.predictor",
     "evaluate": "xmc.serving.evaluate",
+    "export": "xmc.serving.export",
     "train": "xmc.training.run",
 }
 

@@ -1,4 +1,4 @@
-"""The `xmc` command: data, plan, train, evaluate, compare, predict."""
+"""The `xmc` command: data, plan, train, evaluate, compare, predict, export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from xmc.config import shipped_recipes
 from xmc.distributed.torchrun import launched_rank, launched_ranks
@@ -319,6 +320,38 @@ def predict(
             labels = [{"label": label, "score": round(score, 6)} for label, score in answer]
             if world.rank == 0:
                 print(json.dumps({"text": line, "labels": labels}, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a model folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; must not exist or be empty.")],
+    weight_dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, int8 or int4: classifier and table of a bag encoder."
+        ),
+    ] = "int8",
+    packed: Annotated[
+        bool, typer.Option("--packed/--plain", help="Indices of log2 D bits, or as trained.")
+    ] = True,
+) -> None:
+    """Write a small model for prediction: `xmc predict OUT`, `xmc evaluate OUT --data DATA`.
+
+    It is read as it is stored, into memory that the system shares between processes and drops when
+    it likes. int8 rounds every weight to 1/254 of its label's range, int4 to 1/14.
+    """
+    from xmc.nn.compressed import WeightDtype
+    from xmc.serving.export import export as export_model
+
+    if weight_dtype not in get_args(WeightDtype):
+        known = ", ".join(get_args(WeightDtype))
+        raise ValueError(f"--weight-dtype: expected one of {known}, got {weight_dtype}")
+    done = export_model(run, out, weight_dtype=cast(WeightDtype, weight_dtype), packed=packed)
+    table = Table("part", "size", title=f"{out}: {done.total / 1e6:,.1f} MB")
+    for part, size in done.bytes.items():
+        table.add_row(part, f"{size / 1e6:,.1f} MB")
+    Console().print(table)
 
 
 @app.command()

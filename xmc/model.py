@@ -2,14 +2,16 @@
 
 The folder of a model holds `model.json` (format version, options, sizes), `labels.json.gz` (label
 strings in order), `features/` (vocabulary or tokenizer), `encoder/` (a transformer's own options)
-and `weights.safetensors`. Only the last changes while a run goes on, and by one rename.
+and `weights.safetensors`. Only the last changes while a run goes on, and by one rename. Exported
+models (`xmc.serving.export`) are of version 2, with `labels.safetensors` for the strings.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from xmc.heads.order import is_arranged
 from xmc.heads.retrieval import RetrievalHead
 from xmc.model_files import (
     VERSION,
+    check_sums,
     not_weights,
     read_labels,
     read_record,
@@ -39,6 +42,7 @@ from xmc.model_files import (
 )
 from xmc.model_files import ModelError as ModelError
 from xmc.nn.bag_reps import join_bag
+from xmc.nn.compressed import CompressedBagEncoder, Storage, compress_
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.layers import freeze_
 from xmc.nn.lora import add_lora_, merged_weights
@@ -56,8 +60,8 @@ class XMCModel(nn.Module):
         self,
         config: Config,
         features: Features,
-        labels: list[str],
-        encoder: BagEncoder | TransformerEncoder,
+        labels: Sequence[str],
+        encoder: BagEncoder | CompressedBagEncoder | TransformerEncoder,
         head: ClassifierHead | ArrangedHead | RetrievalHead,
         intermediate: nn.Module | None = None,  # between encoder and head; None: nothing
     ) -> None:
@@ -68,6 +72,7 @@ class XMCModel(nn.Module):
         self.encoder = encoder
         self.intermediate = nn.Identity() if intermediate is None else intermediate
         self.head = head
+        self.storage: Storage | None = None  # of a model that is compressed for prediction
         # Of the head's labels; encoder and layers between are whole on every rank.
         self.world = head.world
         self.folder: Path | None = None  # where it was loaded from
@@ -256,7 +261,7 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
     """
     record = read_record(folder / "model.json")
     config = record["config"]
-    labels = read_labels(folder / "labels.json.gz", record["num_labels"])
+    labels = read_labels(folder, record["num_labels"])
     features = load_features(folder / "features", config.features)
     # No weights are drawn and held only to be replaced. A transformer computes some buffers of
     # its own when it is made, so it has to be made for real.
@@ -272,8 +277,12 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
                 config, width, len(labels), num_bag_features=num_bag_features, world=world
             )
             model = XMCModel(config, features, labels, encoder, head, intermediate)
+        if record["storage"] is not None:
+            compress_model_(model, record["storage"])
     path = folder / "weights.safetensors"
     tensors = read_tensors(path, row_shards=model.row_shards())
+    if record["checksums"] is not None and world.size == 1:
+        check_sums(path, tensors, record["checksums"])
     try:
         model.load_state_dict(tensors, assign=True)
     except (RuntimeError, ValueError) as error:
@@ -282,7 +291,23 @@ def load_model(folder: Path, *, world: World = World.alone()) -> XMCModel:
     return model.eval()
 
 
-def read_label_embeddings(source: str | Path, labels: list[str]) -> Tensor:  # [L, D]
+def compress_model_(model: XMCModel, storage: Storage) -> None:
+    """Store a model for prediction, in place: its classifier and, of a bag encoder, the table.
+
+    Indices of labels that read words stay as they are: each batch has columns of its own.
+    Raises ValueError for a dual encoder, whose label embeddings have no such form.
+    """
+    if isinstance(model.head, RetrievalHead):
+        raise ValueError("expected the model of a classifier to compress, got a dual encoder's")
+    if isinstance(model.head, BagClassifierHead):
+        storage = replace(storage, packed=False)
+    compress_(model.head, storage)
+    if isinstance(model.encoder, BagEncoder):
+        model.encoder = CompressedBagEncoder(model.encoder, storage)
+    model.storage = storage
+
+
+def read_label_embeddings(source: str | Path, labels: Sequence[str]) -> Tensor:  # [L, D]
     """The label embeddings in a dual encoder's run or model folder; zeros for labels without text.
 
     Raises ModelError where there is none, RunError where its labels are not these.
@@ -292,7 +317,7 @@ def read_label_embeddings(source: str | Path, labels: list[str]) -> Tensor:  # [
     record = read_record(folder / "model.json")
     if record["config"].train.objective != "contrastive":
         raise ModelError(f"{folder}: expected the model of a dual encoder, got a classifier's")
-    own = read_labels(folder / "labels.json.gz", record["num_labels"])
+    own = read_labels(folder, record["num_labels"])
     check_same_labels(own, labels, folder, "this data set")
     return read_tensors(folder / "weights.safetensors", ["head.embeddings"])["head.embeddings"]
 
@@ -338,7 +363,7 @@ def _build_intermediate(config: Config, in_features: int) -> tuple[nn.Module | N
 def _retrieval_model(
     config: Config,
     features: Features,
-    labels: list[str],
+    labels: Sequence[str],
     encoder: BagEncoder | TransformerEncoder,
     intermediate: nn.Module | None,
     world: World | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ def read_run(run: Path) -> dict[str, Any]:
     return record
 
 
+def model_folder(path: Path) -> Path:
+    """The folder of the model in a run folder, or the path where that is a model's itself."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def check_same_labels(
-    labels: list[str], expected: list[str], name: str | Path, model: str = "the model"
+    labels: Sequence[str], expected: Sequence[str], name: str | Path, model: str = "the model"
 ) -> None:
     """Raise RunError naming the first label that differs from those of a model."""
     if labels == expected:

@@ -1,4 +1,7 @@
-"""Layers stored for prediction: narrow weights, packed indices. They cannot be trained any more."""
+"""Layers stored for prediction: narrow weights, packed indices. They cannot be trained any more.
+
+Numbers are spelt out where they are used, a few at a time; no decompressed copy exists.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmc.nn.encoder import BagEncoder
 from xmc.nn.fan_in import FixedFanInLinear
+from xmc.nn.matrix import stored_weight
+from xmc.types import Bag
 from xmc_kernels import quantized
 from xmc_kernels.packing import one_block, pack_index, packed_bytes
 
@@ -55,24 +62,66 @@ def compress_(module: nn.Module, storage: Storage) -> None:
             layer.weight = _frozen(layer.weight.to(dtype))
 
 
+class CompressedBagEncoder(nn.Module):
+    """`xmc.nn.encoder.BagEncoder` for prediction, whose table is stored like a classifier's rows.
+
+    Spells out the vectors of the features that a batch has.
+    """
+
+    table: Tensor  # [V, D], or [V, ceil(D / 2)] of int4
+    scale: Tensor | None  # [V] float32, of int8 and int4
+
+    def __init__(self, encoder: BagEncoder, storage: Storage) -> None:
+        super().__init__()
+        self.out_features = encoder.out_features
+        table, scale = _stored(encoder.table.weight.detach(), storage)
+        self.register_buffer("table", table)
+        self.register_buffer("scale", scale)
+        self.bias = _frozen(encoder.bias.detach())
+
+    @property
+    def num_features(self) -> int:
+        return self.table.shape[0]
+
+    def forward(self, bag: Bag) -> Tensor:  # [B, D]
+        present, ids = bag.ids.unique(return_inverse=True)
+        scale = None if self.scale is None else self.scale[present]
+        vectors = stored_weight(self.table[present], scale, self.out_features).float()
+        total = F.embedding_bag(
+            ids,
+            vectors,
+            bag.offsets,
+            mode="sum",
+            per_sample_weights=bag.weights.to(vectors.dtype),
+            include_last_offset=True,
+        )
+        return F.relu(total + self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_features={self.num_features}, out_features={self.out_features}, "
+            f"dtype={self.table.dtype}"
+        )
+
+
 def _compress_layer_(layer: FixedFanInLinear, storage: Storage) -> None:
-    dtype = _DTYPES[storage.weight_dtype]
-    if layer.weight.is_meta:
-        columns = -(-layer.fan_in // 2) if dtype == quantized.INT4 else layer.fan_in
-        weight = layer.weight.new_empty(layer.out_features, columns, dtype=dtype)
-        scale = layer.weight.new_empty(layer.out_features, dtype=torch.float32)
-    else:
-        numbers = layer.matrix.numbers().float()
-        if dtype in quantized.DTYPES:
-            weight, scale = quantized.quantize(numbers, dtype)
-        else:
-            weight, scale = numbers.to(dtype), numbers
+    weight, layer.weight_scale = _stored(layer.matrix.numbers(), storage)
     layer.weight = _frozen(weight)
-    layer.weight_scale = scale if dtype in quantized.DTYPES else None
     pattern = one_block(layer.fan_in, layer.in_features)
     if storage.packed and layer.pattern is None and pattern is not None:
         layer.index_bytes = _packed(layer.index, layer.fan_in, pattern)
         layer.pattern = pattern
+
+
+def _stored(numbers: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
+    """Rows [R, F] in the dtype that is wanted, and their scales [R] where it needs such."""
+    dtype, (rows, columns) = _DTYPES[storage.weight_dtype], numbers.shape
+    if dtype not in quantized.DTYPES:
+        return numbers.to(dtype), None
+    if not numbers.is_meta:
+        return quantized.quantize(numbers, dtype)
+    width = -(-columns // 2) if dtype == quantized.INT4 else columns
+    return numbers.new_empty(rows, width, dtype=dtype), numbers.new_empty(rows).float()
 
 
 def _packed(index: Tensor, fan_in: int, pattern: tuple[int, int]) -> Tensor:  # [L/G, P] uint8

@@ -45,7 +45,7 @@ class Ensemble:
         self.candidates = candidates
 
     @property
-    def labels(self) -> list[str]:
+    def labels(self) -> Sequence[str]:
         return self.members[0].labels
 
     def transform(self, texts: list[str]) -> list[Bag | Tokens]:

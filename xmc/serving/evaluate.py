@@ -16,7 +16,7 @@ from xmc.evaluation.metrics import evaluate as score_batches
 from xmc.evaluation.propensity import Propensity
 from xmc.heads.retrieval import RetrievalHead
 from xmc.model import XMCModel, load_model
-from xmc.runs import RunError, check_same_labels, read_run
+from xmc.runs import RunError, check_same_labels, model_folder, read_run
 from xmc.serving.ensemble import CANDIDATES, Ensemble
 from xmc.types import Batch, SparseLabels, TopK
 
@@ -50,7 +50,8 @@ def evaluate(
     Args:
         run: the folder that `xmc train` wrote, or the model that `xmc.train` returned; several of
             the same labels are evaluated together (`xmc.serving.ensemble.Ensemble`).
-        data: another data folder with the same labels (default: the one the first was trained on).
+        data: another data folder with the same labels (default: the one the first was trained on;
+            a model folder knows none, such as an exported one).
         weights: of several runs, in their order (default: all count alike).
         candidates: labels that each of several runs proposes for a row.
         ks: ranks (default: 1, 3, 5, 10, and 100 where a dual encoder takes part).
@@ -60,8 +61,8 @@ def evaluate(
         progress: called with the number of rows of each batch.
 
     Label frequencies (propensities, head/torso/tail) come from the whole training split of the
-    first run. Processes that torchrun started call this alike, share the labels and the rows among
-    them, and have the same scores.
+    first run, or of `data` where that is a model folder. Processes that torchrun started call this
+    alike, share the labels and the rows among them, and have the same scores.
     """
     world = join_ranks()
     runs = [run] if isinstance(run, str | Path | XMCModel) else list(run)
@@ -75,13 +76,16 @@ def evaluate(
         dual = any(isinstance(member.head, RetrievalHead) for member in models)
         ks = RETRIEVAL_KS if dual else KS
     deepest = max(ks)
-    folder = Path(data) if data is not None else Path(record["data"])
+    if data is None and record is None:
+        raise RunError(f"{run}: a model folder does not say what it was trained on: give data")
+    trained_on = Path(data if record is None else record["data"])  # type: ignore[arg-type]
+    folder = trained_on if data is None else Path(data)
     check_same_labels(read_labels(folder), model.labels, folder)
 
     def load() -> tuple[list[Dataset], SparseLabels]:
         name = split_name(split)
         rows = [load_dataset(folder, name, member.features, cache=cache) for member in models]
-        return rows, load_dataset(Path(record["data"]), "trn", model.features, cache=cache).labels
+        return rows, load_dataset(trained_on, "trn", model.features, cache=cache).labels
 
     datasets, labels = rank0_first(load, world)
     frequencies = labels.frequencies()
@@ -108,11 +112,12 @@ def evaluate(
     return score_batches(topk_of, batches, accumulator, progress=progress)
 
 
-def _open(run: Run, world: World) -> tuple[XMCModel, dict[str, Any]]:
-    """A model, of its classifier this rank's part, and the record of its run."""
+def _open(run: Run, world: World) -> tuple[XMCModel, dict[str, Any] | None]:
+    """A model, of its classifier this rank's part, and the record of its run, if it has one."""
     if not isinstance(run, XMCModel):
-        record = read_run(Path(run))
-        return load_model(Path(run) / "model", world=world), record
+        folder = Path(run)
+        record = None if (folder / "model.json").exists() else read_run(folder)
+        return load_model(model_folder(folder), world=world), record
     if run.folder is None:
         raise RunError("expected a model loaded from its run folder, got one in memory")
     return run, read_run(run.folder.parent)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmc.distributed.launch import join_ranks
 from xmc.model import XMCModel, load_model
+from xmc.runs import model_folder
 from xmc.serving.ensemble import CANDIDATES, Ensemble
 from xmc.types import TopK
 
@@ -30,14 +31,14 @@ class Predictor:
         *,
         candidates: int = CANDIDATES,
     ) -> Predictor:
-        """From a run folder or a model folder; several answer together (`Ensemble`).
+        """From a run folder, a model folder or an export; several answer together (`Ensemble`).
 
         In processes that torchrun started each has a part of the labels: all ask for the same texts
         and have the same answers. Raises ModelError naming a bad or missing file.
         """
         world = join_ranks()
         folders = [folder] if isinstance(folder, str | Path) else list(folder)
-        models = [load_model(_model_folder(Path(path)), world=world) for path in folders]
+        models = [load_model(model_folder(Path(path)), world=world) for path in folders]
         if len(models) > 1:
             return cls(Ensemble(models, weights, candidates=candidates))
         if weights is not None:
@@ -79,7 +80,3 @@ class Predictor:
             return best, best.scores
         best = self.model.topk(self.model.features.transform(texts), k)
         return best, self.model.shown(best.scores)
-
-
-def _model_folder(path: Path) -> Path:
-    return path / "model" if (path / "model").is_dir() else path
