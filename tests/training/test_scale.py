@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -60,11 +61,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def token_config(bert: Path, **train: Any) -> Config:
+def token_config(bert: Path, *, checkpointing: bool = False, **train: Any) -> Config:
     return from_dict(
         {
             "features": {"kind": "tokens", "max_length": 32},
-            "encoder": {"kind": "transformer", "model": str(bert)},
+            "encoder": {"kind": "transformer", "model": str(bert), "checkpointing": checkpointing},
             "head": {"fan_in": 16},
             "train": {"batch_size": 8, **train},
         },
@@ -318,9 +319,39 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not() -> None:
     tight = make_plan(config, workload_of(10**7), device="cuda", memory=10**8)
     nothing = plan_scale(tight, [2])
     assert nothing.smallest is None and nothing.searched == 1000 and nothing.fits is False
-    assert "does not fit 100.0 MB on any number of ranks up to 1,000" in text_of(nothing)
+    text = text_of(nothing)
+    assert "no number of ranks up to 1,000 fits 100.0 MB each on 2 ranks it does not fit" in text
+    assert "no setting that is tried makes it fit" in text
     few = make_plan(config, workload_of(10), device="cuda", memory=10**8)
     assert plan_scale(few, [2]).searched == 10
+
+
+def test_what_to_change_is_tried_on_the_ranks_asked_for(bert: Path) -> None:
+    """A transformer in parts is proposed on several ranks only."""
+    config, workload = (
+        token_config(bert, checkpointing=True, batch_size=1),
+        workload_of(1000, num_features=100),
+    )
+    most = dataclasses.replace(make_plan(config, workload, device="cuda"), memory=10**12)
+    limit = plan_scale(most, [4]).ranks[0].peak - 10**5
+    scale = plan_scale(dataclasses.replace(most, memory=limit), [2, 4])
+    assert scale.fits is False
+    found = [setting for change in scale.changes for setting in change.settings]
+    assert "train.data_parallel=fsdp" in found
+    changed = plan_scale(
+        make_plan(
+            token_config(bert, checkpointing=True, batch_size=1, data_parallel="fsdp"),
+            workload,
+            device="cuda",
+            memory=limit,
+        ),
+        [4],
+    )
+    assert scale.changes[found.index("train.data_parallel=fsdp")].peak >= changed.ranks[0].peak
+    assert f"change first: --set {found[0]}" in text_of(scale)
+    assert to_dict(scale)["changes"][0]["set"] == list(scale.changes[0].settings)
+    alone = make_plan(config, workload, device="cuda", memory=limit // 2)
+    assert not [c for c in alone.changes if "train.data_parallel=fsdp" in c.settings]
 
 
 def text_of(scale: Any) -> str:

@@ -52,7 +52,7 @@ def _savings(sizes: Sizes) -> Iterator[tuple[tuple[tuple[str, ...], str], Sizes]
     for settings, why in _candidates(sizes):
         try:
             config = with_settings(sizes.config, settings)
-            changed = make_sizes(config, sizes.workload, sizes.device)
+            changed = _changed(sizes, config)
         except ValueError:
             continue  # does not go together with the rest of the recipe
         yield (tuple(f"{key}={_toml(value)}" for key, value in settings.items()), why), changed
@@ -63,6 +63,9 @@ def _candidates(sizes: Sizes) -> Iterator[tuple[dict[str, Any], str]]:
     train, head, encoder = config.train, config.head, config.encoder
     if encoder.kind == "transformer" and not encoder.checkpointing:
         yield {"encoder.checkpointing": True}, "the same result, a third more time in the encoder"
+    if sizes.ranks.size > 1 and encoder.kind == "transformer" and train.data_parallel == "ddp":
+        why = "the encoder in parts, gathered layer by layer"
+        yield {"train.data_parallel": "fsdp"}, why
     most = min(_MAX_BATCH, sizes.workload.num_rows)
     if train.batch_size % 2 == 0 and not train.max_tokens:
         parts = 2
@@ -130,9 +133,14 @@ def find_room(sizes: Sizes, memory: int) -> dict[str, int]:
 def _fits(sizes: Sizes, settings: dict[str, Any], memory: int) -> bool:
     try:
         config = with_settings(sizes.config, settings)
-        return training_peak(make_sizes(config, sizes.workload, sizes.device)) <= memory
+        return training_peak(_changed(sizes, config)) <= memory
     except ValueError:
         return False
+
+
+def _changed(sizes: Sizes, config: Config) -> Sizes:
+    """The same data, device and number of ranks."""
+    return make_sizes(config, sizes.workload, sizes.device, world_size=sizes.ranks.size)
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:

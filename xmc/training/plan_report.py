@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from xmc.training.memory_component import Component, megabytes
 from xmc.training.memory_model import total
+from xmc.training.plan_changes import Change
 from xmc.training.planner import Plan
 
 
@@ -46,10 +48,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "seconds_per_step": None if time is None else time.step,
         "seconds_per_epoch": None if time is None else time.epoch,
         "steps_per_epoch": None if time is None else time.steps_per_epoch,
-        "changes": [
-            {"set": list(change.settings), "peak_bytes": change.peak, "why": change.why}
-            for change in plan.changes
-        ],
+        "changes": [change_values(change) for change in plan.changes],
         "room": plan.room,
     }
 
@@ -112,13 +111,24 @@ def _verdict(plan: Plan) -> list[str]:
             lines.append(f"there is room for {more}")
         return lines
     lines = [f"does not fit: peak {peak}, {megabytes(plan.peak - (plan.memory or 0))} too much"]
-    for number, change in enumerate(plan.changes):
+    return [*lines, *change_lines(plan.changes, plan.memory)]
+
+
+def change_lines(changes: Sequence[Change], memory: int) -> list[str]:
+    """What to change until it fits, first things first, or that nothing tried makes it fit."""
+    lines = []
+    for number, change in enumerate(changes):
         word = "change first" if number == 0 else "then"
         setting = " ".join(f"--set {setting}" for setting in change.settings)
         lines.append(f"  {word}: {setting} ({change.why}): peak {megabytes(change.peak)}")
-    if not plan.changes or plan.changes[-1].peak > (plan.memory or 0):
+    if not changes or changes[-1].peak > memory:
         lines.append("  no setting that is tried makes it fit: it needs more memory or less data")
     return lines
+
+
+def change_values(change: Change) -> dict[str, Any]:
+    """A change for JSON."""
+    return {"set": list(change.settings), "peak_bytes": change.peak, "why": change.why}
 
 
 def _recommended(plan: Plan) -> list[str]:

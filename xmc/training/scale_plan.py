@@ -6,7 +6,7 @@ rank 0, whose shares are the largest; one rank gives the plan of `planner.py`, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from xmc.training.memory_model import (
     total,
     training_phases,
 )
-from xmc.training.plan_changes import training_peak, with_settings
+from xmc.training.plan_changes import Change, find_changes, training_peak, with_settings
 from xmc.training.planner import Plan
 from xmc.training.scale_network import ETHERNET, INFINIBAND, Network
 from xmc.training.scale_time import RankTime, Rates, measure_rates
@@ -91,6 +91,9 @@ class ScalePlan:
     """The smallest number of ranks that fits the memory, of those up to `searched`."""
     searched: int
     """0 where no memory was given or known."""
+    changes: tuple[Change, ...]
+    """What to change on the most ranks asked for, where none of the numbers fits; not for weak
+    scaling, whose recipe is another for every number."""
 
     @property
     def fits(self) -> bool | None:
@@ -148,6 +151,7 @@ def plan_scale(
         alone=made[1],
         smallest=smallest,
         searched=searched,
+        changes=scaler.changes(made[count] for count in counts),
     )
 
 
@@ -194,6 +198,14 @@ class _Scaler:
                 return count, count
             searched = count
         return None, searched
+
+    def changes(self, made: Iterable[RankPlan]) -> tuple[Change, ...]:
+        """See `ScalePlan.changes`."""
+        memory, plans = self.plan.memory, list(made)
+        fits = memory is None or any(plan.peak <= memory for plan in plans)
+        if fits or self.scaling == "weak":
+            return ()
+        return tuple(find_changes(self.sizes(plans[-1].ranks), memory or 0))
 
     def _peaks(self, most: int) -> Iterator[tuple[int, int]]:
         for count in range(1, most + 1):

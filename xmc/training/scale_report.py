@@ -11,7 +11,13 @@ from rich.text import Text
 
 from xmc.training.memory_component import Component, megabytes
 from xmc.training.memory_model import total
-from xmc.training.plan_report import component_table, component_values, duration
+from xmc.training.plan_report import (
+    change_lines,
+    change_values,
+    component_table,
+    component_values,
+    duration,
+)
 from xmc.training.plan_report import to_dict as plan_to_dict
 from xmc.training.scale_plan import RankPlan, ScalePlan, idle_ranks
 from xmc.training.scale_traffic import Message
@@ -68,6 +74,7 @@ def to_dict(scale: ScalePlan) -> dict[str, Any]:
         "memory_bytes": scale.plan.memory,
         "smallest_ranks_that_fit": scale.smallest,
         "ranks_searched": scale.searched,
+        "changes": [change_values(change) for change in scale.changes],
         "ranks": [_values(scale, ranks) for ranks in scale.ranks],
         "one_rank": plan_to_dict(scale.plan),
     }
@@ -213,12 +220,14 @@ def _verdict(scale: ScalePlan) -> list[str]:
     memory, last = scale.plan.memory, scale.ranks[-1]
     if memory is None:
         return ["give --memory to learn how many ranks it takes"]
-    size = megabytes(memory)
+    size, lines = megabytes(memory), []
     if scale.smallest is None:
-        return [
-            f"does not fit {size} on any number of ranks up to {scale.searched:,}: "
-            f"{megabytes(last.peak)} on each of {last.ranks:,}; plan one rank (without --ranks) "
-            "for what to change"
-        ]
-    word = "rank" if scale.smallest == 1 else "ranks"
-    return [f"the smallest number that fits {size} each: {scale.smallest:,} {word}"]
+        lines.append(f"no number of ranks up to {scale.searched:,} fits {size} each")
+    else:
+        word = "rank" if scale.smallest == 1 else "ranks"
+        lines.append(f"the smallest number that fits {size} each: {scale.smallest:,} {word}")
+    if scale.fits or scale.scaling == "weak":
+        return lines
+    word = "rank" if last.ranks == 1 else "ranks"
+    over = f"on {last.ranks:,} {word} it does not fit: peak {megabytes(last.peak)}"
+    return [*lines, over, *change_lines(scale.changes, memory)]
