@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from xmc.distributed.collectives import World
 from xmc.distributed.ring import Gather, Ring
@@ -125,4 +127,30 @@ def ring_bytes(rows: int, dim: int, cases: list[dict[str, Any]]) -> list[int]:
         with counted() as sent:
             info_nce(q, k, scale=2.0, world=world, exchange="ring", **options).backward()
         results.append(sum(sent))
+    return results
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        out = function(*arguments, **(options or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def largest(rows: int, dim: int) -> dict[str, int]:
+    """The numbers of the largest tensor of a step, by each way."""
+    world, results = World.current(), {}
+    for exchange in ("ring", "gather"):
+        q, k = (torch.randn(rows, dim, requires_grad=True) for _ in range(2))
+        with _Largest() as mode:
+            loss = info_nce(q, k, scale=2.0, symmetric=True, world=world, exchange=exchange)
+            loss.backward()
+        results[exchange] = mode.largest
     return results

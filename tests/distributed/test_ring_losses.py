@@ -252,6 +252,13 @@ def test_what_goes_round_the_ring(ranks: Any, size: int) -> None:
     assert expected[2] - statistics == (8 * size - 4) * keys
 
 
+def test_a_ring_holds_no_rows_of_more_than_one_rank(ranks: Any) -> None:
+    rows, dim = 48, 256  # a tile of similarities is smaller than that
+    for sizes in ranks(4, WORKER, "largest", rows, dim):
+        assert sizes["ring"] == rows * dim
+        assert sizes["gather"] == 4 * rows * dim
+
+
 def test_errors_are_raised_on_every_rank(ranks: Any, contrastive_oracle: Any) -> None:
     def case(**of_rank_1: Any) -> dict[str, Any]:
         message = Case(contrastive_oracle, COUNTS[2]).message()

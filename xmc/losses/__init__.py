@@ -22,8 +22,8 @@ rank, any number of them, and the loss is that of the rows of all ranks, joined 
   their gradients. A rank with b keys of D features of s bytes sends about `2 (N - 1) b D s` bytes
   of keys (once gathered, the half of it; `sigmoid_loss` always) and `4 N b D` of gradients, beside
   28 bytes a key of statistics where the loss is symmetric and 8 of ids.
-- `wire_dtype=torch.bfloat16` rounds the keys, for the loss on every rank; statistics and gradients
-  stay float32.
+- `wire_dtype=torch.bfloat16` rounds the keys where they travel, and as the loss sees them; nothing
+  in one process. Statistics and gradients stay float32.
 - All ranks call the loss together, and again where backward runs twice on one graph. What does not
   fit on one of them raises on all.
 """
