@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from xmc.config import ConfigError, from_dict
-from xmc.distributed.collectives import World
+from xmc.distributed.collectives import World, sum_
 from xmc.distributed.data_parallel import own_part
-from xmc.distributed.launch import OtherRankError, RankError, from_rank0, on_rank0, rank0_first
+from xmc.distributed.launch import (
+    OtherRankError,
+    RankError,
+    from_rank0,
+    lost_ranks,
+    on_rank0,
+    rank0_first,
+)
 from xmc.heads.classifier import ClassifierHead
 from xmc.model import build_model
 from xmc.serving.evaluate import evaluate
@@ -123,22 +130,17 @@ def first_rank() -> dict[str, Any]:
     return seen | {"calls": calls}
 
 
-def fail_in_step(values: dict[str, Any], data: Path, run: Path) -> str:
-    """Rank 1 fails in the middle of a step and ends; what the other says."""
-
-    def fail() -> None:
-        raise MemoryError("no room on rank 1")
-
-    with pytest.MonkeyPatch.context() as patch:
-        if World.current().rank == 1:
-            _at_call(patch, 5, fail)
-        try:
-            train(values, data, run)
-        except (MemoryError, RankError) as error:
-            # Closes this rank's connections, as its end would.
-            torch.distributed.destroy_process_group()
-            return f"{type(error).__name__}: {error}"
-    return "trained"
+def leave() -> str:
+    """Rank 1 leaves the group; what the others say, who wait for it."""
+    try:
+        with lost_ranks():
+            if World.current().rank == 1:
+                torch.distributed.destroy_process_group()
+            else:
+                sum_(torch.ones(3), World.current())
+    except RankError as error:
+        return str(error)
+    return "left"
 
 
 def moments(values: dict[str, Any], data: Path) -> dict[str, int]:

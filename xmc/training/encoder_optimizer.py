@@ -76,7 +76,8 @@ def clip_gradient_(module: nn.Module, max_norm: float, world: World = World.alon
     Sparse gradients count by their values; returns the norm before clipping. Of gradients that
     ranks share (FSDP) each scales its part; sends one number.
     """
-    values, parts = [], []
+    values: list[Tensor] = []
+    parts: list[Tensor] = []  # of gradients that ranks share
     for parameter in module.parameters():
         grad = parameter.grad
         if grad is None:

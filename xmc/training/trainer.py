@@ -189,7 +189,7 @@ class Trainer:
                 'train with encoder.autocast = "bfloat16" or "none"'
             )
         reps = self.model.intermediate(pooled)  # the same tensor where there is no such layer
-        read = self.model.head_inputs(reps, batch.inputs)
+        read: Any = self.model.head_inputs(reps, batch.inputs)
         if self.config.rewire.method == "rigl" and self._rewires_after(self.step + 1):
             self._step_reps.append(reps.detach())
         results = [
