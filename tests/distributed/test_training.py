@@ -111,6 +111,9 @@ def test_steps_on_ranks_are_those_of_one_process(ranks: Any, tiny_data: Path, na
     for size in (2, 4):
         parts = ranks(size, WORKER, "steps", case, tiny_data, 5)
         assert_same_steps(one, parts, 1e-10)
+        for part in parts:  # no rank holds more than its share of the classifier
+            for weight in (n for n in part["shards"] if n.endswith("layer.weight")):
+                assert len(part["tensors"][weight]) <= -(-len(one["tensors"][weight]) // size) + 1
         assert any("layer.weight" in shard for shard in parts[0]["shards"])
 
 
@@ -127,6 +130,32 @@ def test_a_transformer_on_ranks_takes_the_steps_of_one_process(
     (one,) = ranks(1, WORKER, "steps", case, tiny_data, 3)
     for size in (2, 4):
         assert_same_steps(one, ranks(size, WORKER, "steps", case, tiny_data, 3), 1e-8)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"encoder": {"lora_rank": 2}},
+    "float16": {"encoder": {"autocast": "float16"}},
+    "offload": {"encoder_optimizer": {"offload": True}},
+    "frozen": {"encoder": {"freeze_layers": 2}},
+    "fsdp, recomputed": {"encoder": {"checkpointing": True}, "train": {"data_parallel": "fsdp"}},
+    "fsdp, rates by layer": {
+        "encoder_optimizer": {"layer_decay": 0.8},
+        "train": {"data_parallel": "fsdp"},
+    },
+    "fsdp, frozen": {"encoder": {"freeze_layers": 2}, "train": {"data_parallel": "fsdp"}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_transformer_work_on_ranks(
+    ranks: Any, tiny_data: Path, bert: dict[str, Any], name: str
+) -> None:
+    case = changed(bert, **OPTIONS[name])
+    plain = changed(case, train={"data_parallel": "ddp"})
+    (one,) = ranks(1, WORKER, "steps", plain, tiny_data, 3, False)
+    for part in ranks(2, WORKER, "steps", case, tiny_data, 3, False):
+        assert part["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert part["norms"] == pytest.approx(one["norms"], rel=1e-4)
 
 
 def test_fully_sharded_encoders_hold_a_part_of_weights_and_moments(

@@ -32,14 +32,16 @@ from xmc.training.run import train as train_into
 from xmc.training.trainer import Trainer
 
 
-def steps(values: dict[str, Any], data: Path, count: int) -> dict[str, Any]:
-    """The first steps of a training in float64, with the best labels after them."""
+def steps(values: dict[str, Any], data: Path, count: int, double: bool = True) -> dict[str, Any]:
+    """The first steps of a training, in float64 or as it is, with the best labels after them."""
     config = from_dict(values, source="test")
     features, rows, held_out = prepare_data(config, data, data.parent / "cache")
     torch.manual_seed(config.train.seed)
     labels = [str(n) for n in range(rows.num_labels)]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(6))
-    model = build_model(config, features, labels, order=order, world=World.current()).double()
+    model = build_model(config, features, labels, order=order, world=World.current())
+    if double:
+        model.double()
     trainer = Trainer(model.train(), config, rows, held_out)
     losses, norms = [], []
     for work in list(trainer.steps(0, 0))[:count]:

@@ -86,7 +86,7 @@ def train(
     )
     labels = read_labels(data)
     setup = _Setup(config, data, features, labels, train_set, validation_set, device, cache, world)
-    record = _record(config, data, train_set, validation_set)
+    record = _record(config, data, train_set, validation_set) | {"ranks": world.size}
     if resume:
         on_rank0(lambda: _check_same_data(out, record), world)
     clusters = load_clusters(config, out) if resume else _found_clusters(setup)
