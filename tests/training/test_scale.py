@@ -217,6 +217,16 @@ def test_a_transformer_is_whole_or_divided(bert: Path) -> None:
     assert sent["fsdp"] == 3 * (2 * weights - once + trained)
 
 
+def test_clusters_are_divided_like_labels() -> None:
+    """16 clusters, 4 on each rank, with two moments; which label is in which is known to all."""
+    config = config_of(auxiliary={"kind": "clusters"}, head={"positive_weight": "propensity"})
+    one, four = (make_sizes(config, workload_of(), world_size=n) for n in (1, 4))
+    step = training_phases(four)["training step"]
+    assert bytes_of(step, "auxiliary head") == 3 * 4 * 4 * 65 + 12 * 1000
+    # Biases, and what a positive of each label counts.
+    assert (one.classifier.rest, four.classifier.rest) == (8 * 1000, 8 * 250)
+
+
 def test_traffic_does_not_grow_with_the_labels() -> None:
     small, large = (
         messages(make_sizes(config_of(), workload_of(labels), world_size=8))

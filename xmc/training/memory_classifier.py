@@ -51,6 +51,7 @@ class Classifier:
     weights: int
     indices: int
     rest: int  # biases, scales, orders
+    orders: int  # of these, which label is in which row, and back: of all ranks' labels
     moments: int
     local_index: int  # of a head that reads bags, once it is in use
     num_weights: int
@@ -104,8 +105,9 @@ def make_classifier(
         num_weights += tensor.numel() if kind == "weight" else 0
     layers = [m for m in head.modules() if isinstance(m, FixedFanInLinear | nn.Linear)]
     own = min(num_labels, sum(layer.out_features for layer in layers))  # phantom rows are none
-    # Made later: what a positive counts, and the row of each label, of those of other ranks too.
-    rest += 4 * own * (options.positive_weight != "none") + 4 * num_labels * (make is ArrangedHead)
+    # Made later: what a positive counts, and the row of each label.
+    orders = 2 * 4 * num_labels * (make is ArrangedHead)
+    rest += 4 * own * (options.positive_weight != "none") + orders // 2
     words = options.bag_fan_in
     reads = options.fan_in + words if options.kind == "sparse" else in_features
     storage = f"{num_weights:,} {options.weight_dtype} numbers, {reads} a label"
@@ -121,6 +123,7 @@ def make_classifier(
         weights=sizes["weight"],
         indices=sizes["index_bytes"],
         rest=rest,
+        orders=orders,
         moments=sum(_bytes(tensor) for tensor in head.training_state().values()),
         local_index=4 * own * reads if words else 0,
         num_weights=num_weights,
@@ -136,7 +139,10 @@ def stored_weights(classifier: Classifier) -> list[Component]:
     return [
         Component("classifier weights", classifier.weights, classifier.storage),
         Component("classifier indices", classifier.indices, f"{per_row}: F / G of them, packed"),
-        Component("classifier biases", classifier.rest, "one a label, with scales and orders"),
+        Component(
+            "classifier biases", classifier.rest - classifier.orders, "one a label, with scales"
+        ),
+        Component("label order", classifier.orders, "label of each row and back, of all labels"),
     ]
 
 

@@ -24,7 +24,7 @@ from xmc.training.scale_traffic import Message
 
 # What a rank holds in a training step, by the first words of components; the rest is "other".
 PARTS = {
-    "classifier": ("classifier", "local index", "index translation", "auxiliary head"),
+    "classifier": ("classifier", "label order", "local index", "index translation", "auxiliary"),
     "encoder": ("encoder", "gradient buckets", "gathered layers", "representations", "fragments"),
     "gathered": ("gathered", "joined bags", "buffers of collectives"),
 }
@@ -32,7 +32,8 @@ _ENCODER = {"ddp": "whole on every rank", "fsdp": "divided over ranks"}
 # Components that a rank has whole.
 _SAME = (
     *("Python and torch", "libraries", "CUDA context", "NCCL", "process group"),
-    *("label names", "vocabulary", "labels of the rows", "reading labels", "freed blocks"),
+    *("label names", "label order", "vocabulary", "labels of the rows", "reading labels"),
+    "freed blocks",
 )
 
 

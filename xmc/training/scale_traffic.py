@@ -146,7 +146,8 @@ def _fully_sharded(sizes: Sizes, ring: _Ring, own: int, trained: int) -> Message
     gathered, scattered = ring.gather(4 * gathers), ring.scatter(4 * share(trained))
     units = shape.layers + 1
     turns = (2 * units - 1) * passes * gathered[1] + units * scattered[1]
-    why = f"weights gathered layer by layer, forward and backward, {passes} passes; gradient summed"
+    why = "weights gathered layer by layer, forward and backward"
+    why += f" in {passes} passes; gradient summed" if passes > 1 else "; gradient summed"
     return Message("encoder weights", "step", gathered[0] + scattered[0], turns, why)
 
 
