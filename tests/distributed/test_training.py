@@ -78,11 +78,11 @@ def whole(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def assert_same_steps(one: dict[str, Any], parts: list[dict[str, Any]], bound: float) -> None:
-    """Of float64: equal but for the order of sums. Losses and norms are told in float32."""
+    """Of float64: equal but for the order of sums. Losses, norms and scores are told in float32."""
     for part in parts:
         for name in ("losses", "norms"):
             assert part[name] == pytest.approx(one[name], rel=1e-6)
-        torch.testing.assert_close(part["best"][0], one["best"][0], rtol=bound, atol=bound)
+        torch.testing.assert_close(part["best"][0], one["best"][0], rtol=1e-6, atol=1e-6)
         assert torch.equal(part["best"][1], one["best"][1])
     tensors = whole(parts)
     assert tensors.keys() == one["tensors"].keys()
@@ -97,6 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
         "encoder": {"intermediate": 20, "activation": "relu"},
         "train": {"clip_norm": 0.05},
     },
+    "words": {"head": {"bag_fan_in": 4}},
     "groups in an order, a dense part": {
         "head": {"group_size": 2, "order": "random", "dense_share": 0.2}
     },
@@ -117,9 +118,10 @@ def test_steps_on_ranks_are_those_of_one_process(ranks: Any, tiny_data: Path, na
         assert any("layer.weight" in shard for shard in parts[0]["shards"])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+# A norm in float32, by which gradients are clipped, is another sum where they are in parts.
+@pytest.mark.parametrize(("kind", "bound"), [("ddp", 1e-10), ("fsdp", 1e-8)])
 def test_a_transformer_on_ranks_takes_the_steps_of_one_process(
-    ranks: Any, tiny_data: Path, bert: dict[str, Any], kind: str
+    ranks: Any, tiny_data: Path, bert: dict[str, Any], kind: str, bound: float
 ) -> None:
     """Frozen embeddings, a layer in between, and passes of three rows: some ranks have none."""
     case = changed(
@@ -129,7 +131,7 @@ def test_a_transformer_on_ranks_takes_the_steps_of_one_process(
     )
     (one,) = ranks(1, WORKER, "steps", case, tiny_data, 3)
     for size in (2, 4):
-        assert_same_steps(one, ranks(size, WORKER, "steps", case, tiny_data, 3), 1e-8)
+        assert_same_steps(one, ranks(size, WORKER, "steps", case, tiny_data, 3), bound)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
