@@ -39,6 +39,27 @@ def visits(counts: list[int], tensors: list[list[Tensor]]) -> dict[str, Any]:
     return results
 
 
+def order(counts: list[int]) -> list[str]:
+    """What a walk round the ring begins and does, in turn."""
+    world, events = World.current(), []
+    start = dist.batch_isend_irecv
+
+    def starting(operations: list[dist.P2POp]) -> list[dist.Work]:
+        events.append(f"send {operations[0].tensor.dtype}")
+        return start(operations)
+
+    def visit(which: slice, given: list[Tensor]) -> Tensor:
+        events.append("visit")
+        return given[0].double()
+
+    dist.batch_isend_irecv = starting
+    try:
+        Ring(counts, world).visit([torch.ones(counts[world.rank])], visit)
+    finally:
+        dist.batch_isend_irecv = start
+    return events
+
+
 def losses(cases: list[dict[str, Any]]) -> list[Any]:
     """The value and gradients of each case with this rank's arguments; or the error's text."""
     world = World.current()

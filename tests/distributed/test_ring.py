@@ -29,3 +29,10 @@ def test_every_row_visits_every_rank_and_its_earnings_come_home(ranks: Any, coun
                     assert torch.equal(own, all_rows[start:stop])
             covered = [row for start, stop, _ in result["seen"] for row in range(start, stop)]
             assert sorted(covered) == sorted(2 * list(range(total)))
+
+
+def test_rows_travel_on_while_they_are_visited(ranks: Any) -> None:
+    rows, earned = "send torch.float32", "send torch.float64"
+    once = [rows, "visit", earned]
+    for events in ranks(4, WORKER, "order", [3, 1, 2, 2]):
+        assert events == [*once, *once, *once, "visit", earned]

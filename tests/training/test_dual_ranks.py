@@ -101,6 +101,14 @@ def _approx(near: dict[str, float]) -> dict[str, float]:
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
 
+def test_an_approximate_search_takes_the_best_of_every_shard(ranks: Any, tiny_data: Path) -> None:
+    """Of so few labels each shard is one cell, so that none is missed."""
+    pytest.importorskip("faiss")
+    case = changed(CASES["bag"], contrastive={"symmetric": True, "search": "ann"})
+    (one,) = ranks(1, WORKER, "steps", CASES["bag"], tiny_data)
+    assert_same(one, ranks(2, WORKER, "steps", case, tiny_data), EXACT)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_steps_on_ranks_are_those_of_one_process(ranks: Any, tiny_data: Path, name: str) -> None:
     (one,) = ranks(1, WORKER, "steps", CASES[name], tiny_data)
