@@ -13,8 +13,8 @@ from xmc.losses import over_ranks
 from xmc.losses.exchange import Exchange
 from xmc.losses.gradient import Compute, differentiable
 from xmc.losses.targets import (
+    Given,
     checked_weights,
-    designated,
     mean_weights,
     normalised,
     number,
@@ -65,32 +65,26 @@ def info_nce(
     Raises ValueError or TypeError where arguments do not fit together, on features or a scale that
     are not finite, positives that are no keys and weights below 0.
     """
+    given, scale = Given(positives, query_ids, key_ids, weights), number(scale, q)
     way = Exchange(world, exchange, wire_dtype)
-    if world.size == 1:
-        given = (positives, query_ids, key_ids, symmetric, weights, decoupled, positive_weights)
-        compute = _of_one_process(q, k, *given)
-    else:
-        compute = _of_all_ranks(
-            *(q, k, number(scale, q), symmetric, positives, query_ids, key_ids, weights),
-            *(decoupled, positive_weights, way),
-        )
-    return differentiable(compute, q, k, number(scale, q))
+    make = _of_one_process if world.size == 1 else _of_all_ranks
+    compute = make(q, k, scale, given, positive_weights, symmetric, decoupled, way)
+    return differentiable(compute, q, k, scale)
 
 
 def _of_one_process(
     q: Tensor,
     k: Tensor,
-    positives: SparseLabels | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    symmetric: bool,
-    weights: Tensor | None,
-    decoupled: bool,
+    scale: Tensor,
+    given: Given,
     positive_weights: Tensor | None,
+    symmetric: bool,
+    decoupled: bool,
+    exchange: Exchange,
 ) -> Compute:
     """All pairs at once: the operation may keep tiles of its first pass for the second."""
-    pairs = designated(q, k, positives, query_ids, key_ids)
-    row, column = _targets(pairs, q, k, symmetric, weights, positive_weights)
+    pairs = given.pairs(q, k)
+    row, column = _targets(pairs, q, k, symmetric, given.weights, positive_weights)
 
     def compute(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         (q, k, scale), (want_q, want_k, want_scale) = tensors, wanted
@@ -111,13 +105,10 @@ def _of_all_ranks(
     q: Tensor,
     k: Tensor,
     scale: Tensor,
-    symmetric: bool,
-    positives: SparseLabels | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    weights: Tensor | None,
-    decoupled: bool,
+    given: Given,
     positive_weights: Tensor | None,
+    symmetric: bool,
+    decoupled: bool,
     exchange: Exchange,
 ) -> Compute:
     """Keys block by block; what a row or column weighs is divided by the sum of all ranks."""
@@ -125,15 +116,15 @@ def _of_all_ranks(
 
     def shares() -> Tensor:
         """Of each pair in its row; what a pair counts goes into `own` beside the rows' weights."""
-        pairs = designated(q, k, positives, query_ids, key_ids, check_keys=False)
-        row_weights = checked_weights(weights, len(q), q)
+        pairs = given.pairs(q, k, check_keys=False)
+        row_weights = checked_weights(given.weights, len(q), q)
         values = checked_weights(positive_weights, pairs.num_pairs, q, "positive_weights")
         own[:] = [row_weights, values]
         queries = rows_of(pairs)
         return row_weights[queries] * normalised(values, queries, len(q))
 
     rows, share, total = over_ranks.agree(
-        *(q, k, positives, query_ids, key_ids, exchange),
+        *(q, k, given, exchange),
         numbers={"scale": scale},
         options={"symmetric": symmetric, "decoupled": decoupled},
         weights=shares,

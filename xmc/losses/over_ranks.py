@@ -16,8 +16,7 @@ from torch import Tensor
 from xmc.distributed.collectives import World, sum_
 from xmc.losses.agreement import check_same, told
 from xmc.losses.exchange import WAYS, Exchange, pairs_of_keys
-from xmc.losses.targets import designated, rows_of
-from xmc.types import SparseLabels
+from xmc.losses.targets import Given, rows_of
 from xmc_kernels import checks, similarity, similarity_passes
 from xmc_kernels._reference.fan_in import compute_dtype
 from xmc_kernels._reference.similarity import row_sums
@@ -41,9 +40,7 @@ class Rows:
 def agree(
     q: Tensor,
     k: Tensor,
-    positives: SparseLabels | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    given: Given,
     exchange: Exchange,
     numbers: Mapping[str, Tensor],  # [] each: scale, bias
     options: Mapping[str, bool],
@@ -52,13 +49,13 @@ def agree(
     """Check this rank's arguments and that all have the same; its weights, and the sum of all's."""
 
     def prepare() -> tuple[tuple[Pairs, Tensor], dict[str, float]]:
-        pairs = designated(q, k, positives, query_ids, key_ids, check_keys=False)
+        pairs = given.pairs(q, k, check_keys=False)
         keys = k if len(k) else k.new_zeros((1, *k.shape[1:]))
         check(q, keys, pairs if len(k) else Pairs(pairs.indptr, pairs.indices), **numbers)
         checks.check_finite(q, "q")
         checks.check_finite(k, "k")
-        if positives is not None:
-            positives.validate()
+        if given.positives is not None:
+            given.positives.validate()
         for name, value in numbers.items():
             if not bool(torch.isfinite(value)):
                 raise ValueError(f"expected a finite {name}, got {float(value)}")
@@ -66,12 +63,12 @@ def agree(
         wire = exchange.wire_dtype is not None
         own: dict[str, float] = {
             "keys": len(k),
-            "columns": -1 if positives is None else positives.num_labels,
+            "columns": -1 if given.positives is None else given.positives.num_labels,
             "number of features": q.shape[1],
             "dtype (by its number)": checks.FLOATS.index(q.dtype),
             "exchange (by its number)": WAYS.index(exchange.way),
             "wire_dtype (1: bfloat16)": wire,
-            "use of ids": query_ids is not None,
+            "use of ids": given.query_ids is not None,
             "need of gradients of q": grad and q.requires_grad,
             "need of gradients of k": grad and k.requires_grad,
         }
@@ -94,7 +91,7 @@ def agree(
             f"expected positives among the {total} keys of all ranks (of {counts}), "
             f"got {[int(number) for number in columns]}, -1 for none"
         )
-    if positives is None:
+    if given.positives is None:
         # Key i of this rank for its query i.
         first = sum(counts[: exchange.world.rank])
         pairs = replace(pairs, indices=pairs.indices + first)

@@ -12,7 +12,7 @@ from xmc.distributed.collectives import World
 from xmc.losses import over_ranks
 from xmc.losses.exchange import Exchange
 from xmc.losses.gradient import Compute, differentiable
-from xmc.losses.targets import checked_weights, designated, mean_weights, number
+from xmc.losses.targets import Given, checked_weights, mean_weights, number
 from xmc.types import SparseLabels
 from xmc_kernels import similarity
 
@@ -37,24 +37,20 @@ def sigmoid_loss(
     errors and memory as in `info_nce`, but rows without positives count: their pairs are
     negatives. Differentiable once, in q, k, scale and bias. Ranks as in `info_nce`.
     """
-    way, numbers = Exchange(world, exchange, wire_dtype), (number(scale, q), number(bias, q))
-    if world.size == 1:
-        compute = _of_one_process(q, k, positives, query_ids, key_ids, weights)
-    else:
-        compute = _of_all_ranks(q, k, *numbers, positives, query_ids, key_ids, weights, way)
-    return differentiable(compute, q, k, *numbers)
+    given, numbers = (
+        Given(positives, query_ids, key_ids, weights),
+        (number(scale, q), number(bias, q)),
+    )
+    way = Exchange(world, exchange, wire_dtype)
+    make = _of_one_process if world.size == 1 else _of_all_ranks
+    return differentiable(make(q, k, *numbers, given, way), q, k, *numbers)
 
 
 def _of_one_process(
-    q: Tensor,
-    k: Tensor,
-    positives: SparseLabels | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    weights: Tensor | None,
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, given: Given, exchange: Exchange
 ) -> Compute:
-    pairs = designated(q, k, positives, query_ids, key_ids)
-    row_weight = mean_weights(checked_weights(weights, len(q), q))
+    pairs = given.pairs(q, k)
+    row_weight = mean_weights(checked_weights(given.weights, len(q), q))
 
     def compute(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         (q, k, scale, bias), (want_q, want_k, want_scale, _) = tensors, wanted
@@ -70,21 +66,13 @@ def _of_one_process(
 
 
 def _of_all_ranks(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    positives: SparseLabels | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    weights: Tensor | None,
-    exchange: Exchange,
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, given: Given, exchange: Exchange
 ) -> Compute:
     rows, row_weights, total = over_ranks.agree(
-        *(q, k, positives, query_ids, key_ids, exchange),
+        *(q, k, given, exchange),
         numbers={"scale": scale, "bias": bias},
         options={},
-        weights=lambda: checked_weights(weights, len(q), q),
+        weights=lambda: checked_weights(given.weights, len(q), q),
     )
     row_weight = row_weights / total if total > 0 else torch.zeros_like(row_weights)
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from xmc.types import SparseLabels
 from xmc_kernels.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Given:
+    """What comes with queries and keys, as `info_nce` takes it."""
+
+    positives: SparseLabels | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    weights: Tensor | None
+
+    def pairs(self, q: Tensor, k: Tensor, *, check_keys: bool = True) -> Pairs:
+        """`designated` of these."""
+        return designated(q, k, self.positives, self.query_ids, self.key_ids, check_keys=check_keys)
 
 
 def number(value: float | Tensor, q: Tensor) -> Tensor:
