@@ -20,7 +20,8 @@ from xmc.distributed.data_parallel import own_rows
 from xmc.distributed.sharding import RowShard
 from xmc.memory import peak_memory_bytes
 from xmc.model import XMCModel, save_weights
-from xmc.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from xmc.training.checkpoint import latest_checkpoint, load_checkpoint
+from xmc.training.checkpoint_writer import CheckpointWriter
 from xmc.training.log import RunLog
 from xmc.training.progress import Track, TrainingProgress
 
@@ -130,6 +131,10 @@ class TrainingLoop:
         self._leads = world.rank == 0
         self._show_progress = show_progress and self._leads
         self._signalled: signal.Signals | None = None
+        self._folder = run / "checkpoints"
+        self._writer = CheckpointWriter(
+            self._folder, world=world, background=options.async_checkpoint
+        )
 
     def fit(self, *, resume: bool = False) -> None:
         """Train to the end. Raises Interrupted, after a checkpoint, on SIGINT or SIGTERM."""
@@ -140,6 +145,7 @@ class TrainingLoop:
             with (
                 TrainingProgress(task.total_steps, task.step, self._show_progress) as progress,
                 self._signals(),
+                self._writer,
             ):
                 task.track = progress.track
                 while task.step < task.total_steps and not self.stopped_early:
@@ -178,6 +184,7 @@ class TrainingLoop:
             signalled = self._signalled_anywhere()
             if signalled is not None and task.step < task.total_steps:
                 self._checkpoint(log)
+                self._writer.wait()
                 raise Interrupted(f"stopped by {signalled.name} after step {task.step}")
 
     def _logs(self, step: int) -> bool:
@@ -233,12 +240,10 @@ class TrainingLoop:
             "log_bytes": log.sync(),
         }
         shards = self._row_shards()
-        save_checkpoint(
-            self.run / "checkpoints",
+        self._writer.save(
             step=task.step,
             tensors=tensors,
             state=state,
-            world=self.world,
             row_shards={name: rows for name, rows in shards.items() if name in tensors},
         )
 
@@ -255,12 +260,11 @@ class TrainingLoop:
     @torch.no_grad()
     def _restore(self) -> int:
         """Load the newest checkpoint, if there is one; returns the log's length at that time."""
-        folder = self.run / "checkpoints"
-        latest = latest_checkpoint(folder)
+        latest = latest_checkpoint(self._folder)
         newest = agreed(None if latest is None else latest.name, self.world)
         if newest is None:
             return 0
-        path, task = folder / newest, self.task
+        path, task = self._folder / newest, self.task
         tensors, state = load_checkpoint(path, world=self.world, row_shards=self._row_shards())
         task.restore_(tensors, state)
         slots: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
