@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from xmc.distributed.launch import (
     on_rank0,
     rank0_first,
 )
-from xmc.heads.classifier import ClassifierHead
 from xmc.model import build_model
 from xmc.serving.evaluate import evaluate
 from xmc.serving.predictor import Predictor
@@ -66,12 +66,13 @@ def train(
     data: Path,
     run: Path,
     resume: bool = False,
-    stop: tuple[int, int] | None = None,  # a rank, and the call of its head that interrupts it
+    stop: tuple[int, int] | None = None,  # a rank, and the call that interrupts it
+    within: str = "xmc.heads.classifier:ClassifierHead.loss_and_grad",
 ) -> str:
     """A whole training; what it said where it was interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         if stop is not None and stop[0] == World.current().rank:
-            _at_call(patch, stop[1], lambda: signal.raise_signal(signal.SIGTERM))
+            _at_call(patch, within, stop[1], lambda: signal.raise_signal(signal.SIGTERM))
         torch.manual_seed(World.current().rank)  # whatever a process did before
         try:
             train_into(
@@ -169,9 +170,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.is_floating_point() else tensor.long()
 
 
-def _at_call(patch: pytest.MonkeyPatch, number: int, act: Any) -> None:
-    """Do something at the start of a call of the classifier's step."""
-    original, made = ClassifierHead.loss_and_grad, 0
+def _at_call(patch: pytest.MonkeyPatch, within: str, number: int, act: Any) -> None:
+    """Do something at the start of a call of `module:Class.method`."""
+    module, _, name = within.partition(":")
+    owner, method = name.split(".")
+    home = getattr(importlib.import_module(module), owner)
+    original, made = getattr(home, method), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal made
@@ -180,4 +184,4 @@ def _at_call(patch: pytest.MonkeyPatch, number: int, act: Any) -> None:
             act()
         return original(*args, **kwargs)
 
-    patch.setattr(ClassifierHead, "loss_and_grad", counted)
+    patch.setattr(home, method, counted)

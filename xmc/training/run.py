@@ -180,8 +180,10 @@ def _classifier_trainer(setup: _Setup, clusters: Clusters | None) -> tuple[Train
 def _dual_trainer(setup: _Setup) -> tuple[DualTrainer, dict[str, Any]]:
     """With a fresh model, and what the run's record says of its rows."""
     config = setup.config
-    texts = load_label_texts(setup.data, setup.features, cache=setup.cache)
-    model = build_model(config, setup.features, setup.labels).to(setup.device)
+    texts = rank0_first(
+        lambda: load_label_texts(setup.data, setup.features, cache=setup.cache), setup.world
+    )
+    model = build_model(config, setup.features, setup.labels, world=setup.world).to(setup.device)
     trainer = DualTrainer(model, config, setup.train_set, setup.validation_set, texts)
     return trainer, {"label_texts": int(texts.known.sum()), "trained_rows": trainer.num_rows}
 
@@ -227,11 +229,6 @@ def _check_ranks(config: Config, world: World) -> None:
     """Raise ConfigError for what several ranks cannot do yet."""
     if world.size == 1:
         return
-    if config.train.objective == "contrastive":
-        raise ConfigError(
-            'train.objective: "contrastive" trains in one process yet, '
-            f"got {world.size} ranks (torchrun)"
-        )
     if config.train.memory_limit:
         raise ConfigError(
             "train.memory_limit: finds passes for one process yet, "
