@@ -255,14 +255,18 @@ def test_a_resumed_run_of_equal_ranks_repeats_its_bits(
 def test_ranks_evaluate_and_answer_as_one_process(
     ranks: Any, tiny_data: Path, tmp_path: Path
 ) -> None:
-    ranks(1, WORKER, "train", BAG, tiny_data, tmp_path / "run")
-    texts = ["word1 word2", "noise3", "word7"]
-    (alone,) = ranks(1, WORKER, "answer", tmp_path / "run", texts)
-    for answers, scores in ranks(3, WORKER, "answer", tmp_path / "run", texts):
-        assert scores == pytest.approx(alone[1], rel=1e-6)
-        for mine, theirs in zip(answers, alone[0], strict=True):
-            assert [label for label, _ in mine] == [label for label, _ in theirs]
-            assert [s for _, s in mine] == pytest.approx([s for _, s in theirs], rel=1e-5)
+    """A classifier, a dual encoder, and both together; two texts leave a rank without."""
+    for name, values in {"run": BAG, "dual": DUAL}.items():
+        ranks(1, WORKER, "train", values, tiny_data, tmp_path / name)
+    asked = [tmp_path / "run", tmp_path / "dual"], ["word1 word2", "noise3"]
+    (alone,) = ranks(1, WORKER, "answer", *asked)
+    assert len(alone) == 3
+    for part in ranks(3, WORKER, "answer", *asked):
+        for (answers, scores), (expected, expected_scores) in zip(part, alone, strict=True):
+            assert scores == pytest.approx(expected_scores, rel=1e-6)
+            for mine, theirs in zip(answers, expected, strict=True):
+                assert [label for label, _ in mine] == [label for label, _ in theirs]
+                assert [s for _, s in mine] == pytest.approx([s for _, s in theirs], rel=1e-5)
 
 
 def test_what_ranks_cannot_do_is_said_once_and_writes_nothing(

@@ -88,10 +88,13 @@ def train(
     return ""
 
 
-def answer(run: Path, texts: list[str]) -> tuple[list[Any], dict[str, float]]:
-    """Predictions for texts and the scores on the test split."""
-    scores = evaluate(run, "test", cache=run.parent / "cache", bootstrap=0)
-    return Predictor.load(run).predict(texts, k=4), scores.values
+def answer(runs: list[Path], texts: list[str]) -> list[tuple[list[Any], dict[str, float]]]:
+    """Predictions for texts and scores on the test split, of each run and of all together."""
+    cache = runs[0].parent / "cache"
+    return [
+        (Predictor.load(asked).predict(texts, k=4), evaluate(asked, "test", cache=cache).values)
+        for asked in (*([run] for run in runs), runs)
+    ]
 
 
 def refused(values: dict[str, Any], data: Path, run: Path) -> str:
