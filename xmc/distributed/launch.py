@@ -42,7 +42,15 @@ def join_ranks(timeout: timedelta = _TIMEOUT) -> World:
     if not dist.is_available() or dist.is_initialized() or launched_ranks() == 1:
         return World.current()
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
+    except RuntimeError as error:
+        if "connect" not in str(error):
+            raise
+        raise RankError(
+            f"cannot reach the other ranks: {_reason(error)} (between machines, GLOO_SOCKET_IFNAME "
+            "and NCCL_SOCKET_IFNAME name the network interface, such as eth0)"
+        ) from error
     return World.current()
 
 
@@ -68,9 +76,7 @@ def lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        # Without the file of the library that noticed, and its advice.
-        reason = re.sub(r"^\[\S*\] ", "", str(error)).split("\n", 1)[0].split(". ", 1)[0]
-        raise RankError(f"another rank has ended or does not answer: {reason}") from error
+        raise RankError(f"another rank has ended or does not answer: {_reason(error)}") from error
 
 
 def local_device(kind: str) -> torch.device:
@@ -144,6 +150,11 @@ def from_rank0(items: Iterable[T], world: World, size: int = 256) -> Iterator[T]
         if not chunk:
             return
         yield from chunk
+
+
+def _reason(error: RuntimeError) -> str:
+    """Without the file of the library that noticed, and its advice."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).split("\n", 1)[0].split(". ", 1)[0]
 
 
 def _is_lost(error: RuntimeError) -> bool:

@@ -379,7 +379,8 @@ def _checked(positive_weight: Tensor | None, shard: LabelShard) -> Tensor | None
             f"expected finite positive weights of at least 0, "
             f"got {positive_weight[label].item()} for label {label}"
         )
-    return positive_weight[shard.start : shard.stop].float()
+    own = positive_weight[shard.start : shard.stop].float()
+    return own if len(own) == num_labels else own.clone()  # a view would keep those of all labels
 
 
 _MOMENTS = ("weight_m", "weight_v", "bias_m", "bias_v", "weight_m_scale", "weight_v_scale")
