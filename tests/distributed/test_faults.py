@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from xmc.distributed.collectives import World
+from xmc.distributed.launch import OtherRankError, RankError, local_device
 from xmc.distributed.torchrun import launched_local_rank, launched_rank, launched_ranks
 
 WORKER = Path(__file__).with_name("training_worker.py")
@@ -155,3 +158,39 @@ def test_a_command_for_one_process_is_refused_under_torchrun(
         "xmc: rank 3: xmc options: expected one process, got 4 (torchrun), "
         "which is for train, evaluate, predict\n"
     )
+
+
+def test_a_rank_keeps_quiet_where_rank_0_speaks(
+    xmc: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After a moment: torchrun ends every rank as soon as one has ended."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise errors.pop()
+
+    errors = [RankError("rank 1: no room on the disk"), OtherRankError("rank 0 has failed")]
+    waits: list[float] = []
+    monkeypatch.setattr("xmc.training.run.train", fail)
+    monkeypatch.setattr("xmc.distributed.launch.join_ranks", lambda timeout: World(2, 3))
+    monkeypatch.setattr("xmc.cli.time.sleep", waits.append)
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    command = ("train", "quickstart", "--data", tmp_path, "--out", tmp_path / "run")
+    assert xmc(*command) == (2, "", "")
+    assert waits == [1]
+    assert xmc(*command) == (2, "", "xmc: rank 2: rank 1: no room on the disk\n")
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    assert local_device("cuda") == torch.device("cuda")  # alone: torch's own choice
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert local_device("cpu") == torch.device("cpu")
+    assert local_device("cuda") == torch.device("cuda", 1)
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="expected at most 2 ranks on this machine, one a GPU"):
+        local_device("cuda")
