@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from xmc.distributed.collectives import World, gather_rows
 from xmc.nn.dropout import RowDropout
 from xmc.types import Bag
 from xmc_kernels.bag_sum import bag_sum
+
+
+@dataclass(frozen=True)
+class BagPart:
+    """The batch of which a bag is one rank's rows."""
+
+    bag: Bag  # the rows of all ranks, in order of rank
+    counts: list[int]  # rows of every rank
+    world: World
+
+    @property
+    def first(self) -> int:
+        """This rank's first row."""
+        return sum(self.counts[: self.world.rank])
 
 
 class BagEncoder(nn.Module):
@@ -21,8 +37,14 @@ class BagEncoder(nn.Module):
     and distinct, each held once. Train it with `xmc.nn.lazy.LazyAdamW` and a step costs the same
     for any number of features. An empty bag gives `relu(bias)`.
 
+    With a `part`, in training, a bag is one rank's rows of a batch. The gradient of the table is
+    then that of the whole batch, on every rank the same. Backward gathers [B, D] for it, far less
+    than the rows of the table that are touched.
+
     Raises IndexError or RuntimeError, as `F.embedding_bag`, for an id out of range.
     """
+
+    part: BagPart | None = None
 
     def __init__(self, num_features: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -59,7 +81,8 @@ class BagEncoder(nn.Module):
 
     def forward(self, bag: Bag) -> Tensor:  # [B, D]
         weight = self.table.weight
-        total = _BagSum.apply(weight, bag.ids, bag.offsets, bag.weights.to(weight.dtype))
+        part = self.part if self.training else None
+        total = _BagSum.apply(weight, bag.ids, bag.offsets, bag.weights.to(weight.dtype), part)
         return self.dropout(F.relu(total + self.bias))
 
     def extra_repr(self) -> str:
@@ -79,8 +102,19 @@ class _BagSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(ids, offsets, weights)
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        ids: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        part: BagPart | None,
+    ) -> Tensor:
+        ctx.part = part
+        if part is None:
+            ctx.save_for_backward(ids, offsets, weights)
+        else:
+            ctx.save_for_backward(part.bag.ids, part.bag.offsets, part.bag.weights.to(weights))
         ctx.table_shape = table.shape
         # Detached: embedding_bag then skips what only its own backward would need.
         return F.embedding_bag(
@@ -94,8 +128,10 @@ class _BagSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         ids, offsets, weights = ctx.saved_tensors
+        if ctx.part is not None:
+            d_out = gather_rows(d_out, ctx.part.counts, ctx.part.world)
         in_order, order = torch.sort(ids, stable=True)
         features, counts = torch.unique_consecutive(in_order, return_counts=True)
         starts = F.pad(counts.cumsum(0), (1, 0))
@@ -105,4 +141,4 @@ class _BagSum(torch.autograd.Function):
         d_table = torch.sparse_coo_tensor(
             features[None], values, ctx.table_shape, is_coalesced=True, check_invariants=False
         )
-        return d_table, None, None, None
+        return d_table, None, None, None, None

@@ -37,7 +37,7 @@ from xmc.training.replay import random_states, set_random_states_
 from xmc.training.replica import Replica
 from xmc.training.schedule import lr_factor
 from xmc.training.validation import validation_scores
-from xmc.types import BagReps, Batch
+from xmc.types import Bag, BagReps, Batch
 
 
 class Trainer:
@@ -142,10 +142,10 @@ class Trainer:
         self.replica.draw_apart_(self.step)
         for position, chunk in enumerate(chunks, start=1):
             last = position == len(chunks)
-            batch = self.replica.batch(self.train_set, chunk)
+            batch, bag = self.replica.batch(self.train_set, chunk)
             with self.replica.one_pass(last=last):
                 loss += self._pass(
-                    batch, heads, pass_rows=len(chunk), num_rows=num_rows, update=last, meter=meter
+                    batch, heads, bag=bag, num_rows=num_rows, update=last, meter=meter
                 )
             if self._passes is not None:
                 coalesce_gradient_(self.model.body)
@@ -172,17 +172,17 @@ class Trainer:
         batch: Batch,
         heads: Sequence[tuple[Head, float]],
         *,
-        pass_rows: int,
         num_rows: int,
         update: bool,
+        bag: Bag | None = None,
         meter: PartMeter | None = None,
     ) -> float:
         """Forward and backward of one pass of a step; returns its part of the loss.
 
-        `batch` is this rank's share of the `pass_rows` rows of the pass.
+        `batch` is this rank's share of the rows of the pass, `bag` what the encoder needs of all.
         """
         batch = batch.to(self.device)
-        pooled = self.replica.encode(batch, pass_rows)
+        pooled = self.replica.encode(batch, bag)
         if self.scaler.is_enabled() and not bool(pooled.isfinite().all()):
             raise TrainingError(
                 f"the encoder's activations overflow float16 at step {self.step}: "
@@ -236,7 +236,7 @@ class Trainer:
             heads.append((self.auxiliary, 0.0))
         random = random_states(self._drawing())
         try:
-            self._pass(batch, heads, pass_rows=len(batch), num_rows=len(batch), update=False)
+            self._pass(batch, heads, num_rows=len(batch), update=False)
         finally:
             self._forget_gradient()
             set_random_states_(random)
