@@ -5,8 +5,8 @@
 Ranks are gloo processes of this machine with --threads threads each, which train a bag encoder on
 synthetic data for a few steps, as `xmc plan --ranks` counts them. Measured is the highest resident
 set above `import torch`, the highest of all ranks; bytes are those that a process writes in a step,
-counted by the kernel: those of heads, and those of the encoder's gradient, where the prediction is
-an upper bound that takes all features of a rank's rows for distinct.
+counted by the kernel: those of heads and of the gradient of the bags, and those of what else of the
+encoder's gradient is summed, a vector of D.
 The time of a step is predicted with the rates of one process and with bandwidth and latency
 between two processes, measured before: it means something where there is a core for each rank.
 Run it twice where kernels are not compiled yet. Linux only. Prints a JSON line for each number of
@@ -30,7 +30,7 @@ from provenance import append, provenance
 
 from xmc.memory import peak_memory_bytes
 
-_SUMMED = ("rows of the table", "other gradients")  # by `Replica.sum_gradients_`
+_SUMMED = ("other gradients",)  # by `Replica.sum_gradients_`
 _GATHERED = 4 * 2**20  # numbers of a timed all-gather, each rank's
 
 

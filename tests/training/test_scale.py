@@ -172,8 +172,9 @@ def test_rows_of_a_step_are_gathered_and_encoded_in_parts() -> None:
     # gloo holds what it gathers or sums once more, beside the padded part.
     assert bytes_of(three, "buffers of collectives") == 4 * (129 + 43) * 64
     assert bytes_of(three, "representations") == 4 * 4 * 43 * 128
-    # 43 rows of at most 100 features touch all 1,024 rows of the table, as 128 do.
-    assert bytes_of(three, "gathered table rows") == 1024 * (4 * 64 + 8) * 7
+    # All 128 bags, and the gradient of their sums: a part, all parts, gloo's copy.
+    bags = 12 * 128 * round(workload_of().row_entries) + 8 * 129
+    assert bytes_of(three, "gathered bags") == 4 * 43 * 64 * 7 + bags
     gpu = training_phases(make_sizes(config, workload_of(), "cuda", world_size=3))
     assert bytes_of(gpu["training step"], "buffers of collectives") == 4 * 43 * 64
     assert bytes_of(gpu["validation"], "gathered top-k") == 12 * 512 * 5 * 3
@@ -250,7 +251,7 @@ def test_messages_are_those_of_a_ring() -> None:
         summed = found["step", "gradient of representations"]
         assert summed.bytes == factor * 3 * 32 * 64 * 4 + 2 * 3 * 4 // 4
         assert summed.turns == factor * 3 + 2 * 3
-        assert found["step", "rows of the table"].bytes == 3 * (8 + 1024 * (8 + 4 * 64))
+        assert found["step", "gradient of bags"].bytes == 3 * 32 * 64 * 4
         assert found["validation batch", "top-k"].bytes == 3 * 512 * 5 * 12
         assert found["validation batch", "representations"].bytes == 3 * 128 * 64 * 4
         assert ("rewiring", "rows of the step") in found
@@ -428,7 +429,7 @@ def test_the_command_answers_with_its_exit_code(
     plot = tmp_path / "plan.png"
     network = ("--bandwidth", "100Gbit/s", "--latency", "1ms", "--plot", str(plot))
     code, out, _ = run("--ranks", "2,4", "--memory", "16GB", *network)
-    assert code == 3 and "the smallest number that fits 16.00 GB each: 7 ranks" in out
+    assert code == 3 and "the smallest number that fits 16.00 GB each: 6 ranks" in out
     assert "network: 12.50 GB a second and rank, 1 ms a turn of the ring" in " ".join(out.split())
     assert plot.stat().st_size > 10_000
     code, _, errors = run("--ranks", "0")

@@ -24,5 +24,5 @@ def test_a_rank_of_two_is_predicted_within_a_tenth() -> None:
     # gloo heads every message with some bytes of its own.
     sent = record["measured_head_bytes"] / record["predicted_head_bytes"]
     assert 1 <= sent < 1.05, record
-    # Of the table at most: not all features of a batch are distinct.
-    assert 0.5 < record["measured_gradient_bytes"] / record["predicted_gradient_bytes"] < 1.02
+    # The encoder's bias alone: what the table needs is gathered beside what heads send.
+    assert 0 <= record["measured_gradient_bytes"] - record["predicted_gradient_bytes"] < 1000

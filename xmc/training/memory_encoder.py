@@ -149,7 +149,7 @@ def encoder_pass(
     reps = [Component("representations", 4 * 4 * rows * width, "[B, D] and their gradients")]
     dense_gradient = 4 * (encoder.trained - encoder.table)
     if encoder.table:
-        touched = _touched(encoder, workload, rows)
+        touched = _touched(encoder, workload, whole)  # every rank has the gradient of all rows
         copies = 1 if passes == 1 else 2 * passes  # rows of each pass, and joined with the others
         size = dense_gradient + 4 * encoder.out_features * touched * copies
         return [*reps, Component("encoder gradient", size, "rows of the table that a step touches")]
@@ -170,12 +170,6 @@ def encoder_pass(
         Component("encoder activations", activations, f"{rows} rows of the longest texts"),
         Component("encoder gradient", dense_gradient, f"float32, added up over {passes} passes"),
     ]
-
-
-def touched_rows(encoder: Encoder, config: Config, workload: Workload, ranks: Ranks) -> int:
-    """Rows of a bag's table that a rank's part of a step touches, at most."""
-    rows, passes = passes_of(config)
-    return _touched(encoder, workload, passes * ranks.share(rows))
 
 
 def _touched(encoder: Encoder, workload: Workload, rows: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from xmc.config import Config
 from xmc.training.memory_component import MIB, Component
-from xmc.training.memory_encoder import Encoder, passes_of, touched_rows
+from xmc.training.memory_encoder import Encoder, passes_of
 from xmc.training.scale_ranks import Ranks
 from xmc.training.workload import Workload
 
@@ -51,7 +51,7 @@ def gathered_parts(
         ),
     ]
     if encoder.table:
-        parts.append(_gathered_table(encoder, config, workload, ranks, cuda=cuda))
+        parts.append(_gathered_bags(encoder, config, workload, ranks, cuda=cuda))
     return parts
 
 
@@ -76,12 +76,13 @@ def positives_per_row(workload: Workload) -> float:
     return workload.num_positives / workload.num_rows
 
 
-def _gathered_table(
+def _gathered_bags(
     encoder: Encoder, config: Config, workload: Workload, ranks: Ranks, *, cuda: bool
 ) -> Component:
-    """`sum_gradients_` of a sparse gradient: touched rows of every rank, side by side."""
-    touched = touched_rows(encoder, config, workload, ranks)
-    part = touched * (4 * encoder.out_features + 8)
-    # The padded part; those of all, and once more by gloo or while padding is cut off.
-    size = part * (1 + 2 * ranks.size)
-    return Component("gathered table rows", size, f"{touched:,} rows that each rank touched")
+    """What `xmc.nn.encoder.BagPart` holds: the bags of all rows, the gradient of what they gave."""
+    rows, _ = passes_of(config)
+    part = 4 * ranks.share(rows) * encoder.out_features
+    # The padded part, those of all, and gloo's copy of the whole.
+    size = part * (1 + (1 if cuda else 2) * ranks.size)
+    size += 12 * round(rows * workload.row_entries) + 8 * (rows + 1)
+    return Component("gathered bags", size, f"of all ranks' {rows} rows, and their gradient")

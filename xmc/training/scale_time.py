@@ -2,8 +2,8 @@
 
 Every rank is taken to compute like this process. A step of the classifier over l labels and b rows
 takes c0 + c1 b + c2 l + c3 l b seconds, by four measured points (weights are updated once a step,
-whatever the rows). A bag's forward and backward pass is linear in the rank's rows; its update goes
-over the touched rows of all ranks. A transformer is linear in the rows.
+whatever the rows). A bag's forward pass is linear in the rank's rows; every rank makes the gradient
+of the table and its update for the rows of all. A transformer is linear in the rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rates:
     classifier: tuple[float, float, float, float]
     """c0, c1, c2, c3 of a pass, in seconds."""
     encoder: tuple[float, float, float]
-    """A pass of no rows, of each of a rank's rows, and the update for each row of all ranks."""
+    """A pass of no rows, of each of a rank's rows, and what each row of all ranks takes."""
 
     def scaled(self, sizes: Sizes, communication: float) -> RankTime:
         """Of a rank; the sizes are those of the same recipe, but for the rows of a pass."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from xmc.training.memory_encoder import passes_of, touched_rows
+from xmc.training.memory_encoder import passes_of
 from xmc.training.memory_model import Sizes
 from xmc.training.scale_memory import VALIDATION_K, positives_per_row
 
@@ -99,6 +99,9 @@ def _of_passes(sizes: Sizes, ring: _Ring) -> Iterator[Message]:
     how = "all-reduce, as gloo does a reduce-scatter" if ring.gloo else "reduce-scatter"
     loss = ring.all_reduce(4)
     yield message("gradient of representations", f"{how}", ring.scatter(rows * width), loss)
+    if encoder.table:
+        bags = ring.gather(rows * 4 * encoder.out_features)
+        yield message("gradient of bags", f"all-gather of {kind}, for the table's", bags)
     if config.auxiliary.kind != "none":
         both = rows * 4 * encoder.out_features
         parts = (counts, ring.gather(both), *labels, ring.scatter(both), loss)
@@ -110,13 +113,6 @@ def _of_step(sizes: Sizes, ring: _Ring) -> Iterator[Message]:
     encoder, ranks = sizes.encoder, sizes.ranks
     rest = encoder.between
     if encoder.table:
-        rows = touched_rows(encoder, sizes.config, sizes.workload, ranks)
-        parts = (
-            ring.gather(8),
-            ring.gather(8 * rows),
-            ring.gather(rows * 4 * encoder.out_features),
-        )
-        yield _sum("rows of the table", "step", f"all-gather of {rows:,} touched rows", *parts)
         rest = encoder.trained - encoder.table
     elif encoder.transformer is not None:
         own = encoder.weights - encoder.between

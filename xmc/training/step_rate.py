@@ -111,7 +111,10 @@ def _classifier_step(sizes: Sizes, num_labels: int, rows: int) -> Callable[[], o
 
 
 def bag_seconds(sizes: Sizes, rows: int, *, update: bool = True) -> float:
-    """Of forward, backward and update of a bag encoder, and of joining bags that labels read."""
+    """Of forward, backward and update of a bag encoder, and of joining bags that labels read.
+
+    Without an update of forward and joining alone.
+    """
     options = sizes.config.encoder
     table_rows = min(sizes.workload.num_features, _TABLE_ROWS)
     encoder = BagEncoder(table_rows, options.dim, options.dropout)
@@ -122,10 +125,10 @@ def bag_seconds(sizes: Sizes, rows: int, *, update: bool = True) -> float:
         reps = encoder(bag)
         if head.bag_fan_in:
             reps = _joined(reps, bag, head).values
-        reps.backward(torch.ones_like(reps))
         if update:
+            reps.backward(torch.ones_like(reps))
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
 
     return _seconds(step, repeats=2)
 
