@@ -57,6 +57,13 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
         pool.close()
 
 
+@pytest.fixture(scope="session")
+def save_bert() -> Callable[..., Path]:
+    """`save_bert(folder, words, **sizes)`: a tiny transformer that knows words, `tests/bert.py`."""
+    save: Callable[..., Path] = _module("bert").save_bert
+    return save
+
+
 def _module(name: str) -> ModuleType:
     """A file of this folder, which stays off `sys.path`."""
     path = Path(__file__).with_name(f"{name}.py")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import xmc
 from xmc.config import Config, load_recipe, shipped_recipes
@@ -117,30 +116,17 @@ def test_the_recipe_of_tags_is_that_of_eurlex() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, save_bert: Callable[..., Path]) -> Path:
     """A folder with a one-layer BERT of random weights that knows the words w0, w1, ..."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(WORDS))]
-    known = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
-    ).save_pretrained(folder)
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(words),
+    return save_bert(
+        tmp_path_factory.mktemp("bert"),
+        (f"w{n}" for n in range(WORDS)),
+        framed=True,
         hidden_size=HIDDEN,
         num_hidden_layers=1,
-        num_attention_heads=2,
         intermediate_size=2 * HIDDEN,
         max_position_embeddings=128,
     )
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def write_data(folder: Path, num_labels: int) -> Path:

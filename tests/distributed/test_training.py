@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from xmc.config import ConfigError, from_dict
 
@@ -36,26 +35,18 @@ def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def bert(
+    tmp_path_factory: pytest.TempPathFactory, save_bert: Callable[..., Path]
+) -> dict[str, Any]:
     """A recipe of a two-layer transformer without dropout, whose masks no two layouts share."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", *(f"word{n}" for n in range(30)), *(f"noise{n}" for n in range(200))]
-    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(
-        vocab_size=len(words),
+    folder = save_bert(
+        tmp_path_factory.mktemp("bert"),
+        [*(f"word{n}" for n in range(30)), *(f"noise{n}" for n in range(200))],
+        hidden_size=24,
         intermediate_size=40,
-        max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **sizes,
     )
-    BertModel(config).save_pretrained(folder)
     return changed(
         BAG,
         features={"kind": "tokens", "max_length": 16, "min_df": 2},

@@ -118,7 +118,9 @@ def test_training_follows_float32(problem) -> None:
 def test_bad_scales_are_named(problem) -> None:
     p = problem(3, 8, 6, 2)
     weight, scale = quantized(p.weight)
-    with pytest.raises(TypeError, match=r"float8_e4m3fn, .* and scale of float32, got torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"float8_e4m3fn, .* and scale of float32, got torch.float32"
+    ):
         fan_in_linear(p.x, p.weight, p.index, scale=scale)
     with pytest.raises(ValueError, match=r"scale of shape \[6\] on cpu to match weight, got \[5\]"):
         fan_in_linear(p.x, weight, p.index, scale=scale[:5])

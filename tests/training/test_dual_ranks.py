@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from xmc.model import load_model
 
@@ -45,28 +44,19 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def bert(
+    tmp_path_factory: pytest.TempPathFactory, save_bert: Callable[..., Path]
+) -> dict[str, Any]:
     """A recipe of a two-layer transformer without dropout, whose masks no two layouts share."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "label", *(str(n) for n in range(30))]
-    words += [*(f"word{n}" for n in range(30)), *(f"noise{n}" for n in range(200))]
-    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(words),
+    words = ["label", *(str(n) for n in range(30)), *(f"word{n}" for n in range(30))]
+    folder = save_bert(
+        tmp_path_factory.mktemp("bert"),
+        [*words, *(f"noise{n}" for n in range(200))],
         hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    BertModel(config).save_pretrained(folder)
     return changed(
         BAG,
         features={"kind": "tokens", "max_length": 24},
