@@ -88,6 +88,7 @@ def _serve(address: str) -> None:
                     world_size=size,
                     timeout=timedelta(seconds=60),
                 )
+                dist.barrier()  # a task may end before another rank has connected to this one
                 answer = (True, getattr(_load(file), task)(*arguments))
             except BaseException:
                 answer = (False, traceback.format_exc())

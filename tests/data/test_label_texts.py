@@ -133,7 +133,7 @@ def test_a_run_trains_on_them_and_counts_documents_only(
 ) -> None:
     """Each label text once an epoch; no trace in bias, weights, order, clusters or validation."""
     labels_seen, weights, biases = [], [], []
-    original = ClassifierHead.loss_and_grad
+    original = ClassifierHead.own_loss_and_grad
 
     def loss_and_grad(self: ClassifierHead, reps: Any, labels: Any, **kwargs: Any) -> Any:
         if self.num_labels == 27:  # the sparse rows
@@ -142,7 +142,7 @@ def test_a_run_trains_on_them_and_counts_documents_only(
             biases.append(self.layer.bias.clone())  # type: ignore[union-attr]
         return original(self, reps, labels, **kwargs)
 
-    monkeypatch.setattr(ClassifierHead, "loss_and_grad", loss_and_grad)
+    monkeypatch.setattr(ClassifierHead, "own_loss_and_grad", loss_and_grad)
     runs = {}
     for texts in (True, False):
         seen = len(labels_seen), sum(len(labels.indices) for labels in labels_seen)

@@ -125,7 +125,9 @@ def test_float8_weights_survive_casts_files_and_copies() -> None:
     again = FixedFanInLinear.from_fixed_fan_in(layer.matrix, layer.bias)
     for each in (other, again):
         assert torch.equal(each.matrix.to_dense(), layer.matrix.to_dense())
-    with pytest.raises(ValueError, match="a scale for float8 weights and for no others"):
+    with pytest.raises(
+        ValueError, match="a scale for float8, int8 and int4 weights and for no others"
+    ):
         FixedFanIn(layer.weight, layer.index, 40).validate()
     with pytest.raises(ValueError, match=r"scale of shape \[30\] to match weight, got \[29\]"):
         FixedFanIn(layer.weight, layer.index, 40, scale=torch.ones(29)).validate()
