@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmc_kernels.quantized import DTYPES
+from xmc_kernels import float8, quantized
+
+
+def stored_numbers(
+    weight: Tensor, scale: Tensor | None, fan_in: int, dtype: torch.dtype = torch.float32
+) -> Tensor:  # [R, F]
+    """Rows of weights as they count: those with a scale in `dtype`, others as they are."""
+    if scale is None:
+        return weight
+    if weight.dtype in quantized.DTYPES:
+        return quantized.dequantize(weight, scale, fan_in, dtype)
+    return float8.dequantize(weight, scale, dtype)
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,15 @@ class Layer:
 
     @property
     def fan_in(self) -> int:
-        """F, or D of a dense layer, which in int4 has an even one."""
+        """F, or D of a dense layer; even in int4, but where the index says what it is."""
         if self.weight.dtype != torch.uint8:
             return self.weight.shape[1]
         if self.pattern is None and self.index is not None:
             return self.index.shape[1]
-        # Half a byte may be left over where n is odd.
-        return 2 * self.weight.shape[1] - (self.pattern is not None and self.pattern[0] % 2)
+        halves = 2 * self.weight.shape[1]
+        # Of one block n is F, and half a byte may be left over; of several F has to be even.
+        one_block = self.pattern is not None and self.pattern[0] == halves - 1
+        return halves - one_block
 
     @property
     def group(self) -> int:
@@ -59,7 +72,7 @@ class Layer:
     @property
     def quantized(self) -> bool:
         """Whether weights are integers: such layers predict and are not trained."""
-        return self.weight.dtype in DTYPES
+        return self.weight.dtype in quantized.DTYPES
 
     def contiguous(self) -> Layer:
         """With every tensor contiguous; copies those that are not."""

@@ -175,3 +175,14 @@ def test_a_layer_of_half_bytes_knows_its_fan_in() -> None:
     assert Layer(weight, index, None).fan_in == 7
     assert Layer(weight, index, None, (7, 512)).fan_in == 7
     assert Layer(weight, index, None, (8, 512)).fan_in == 8
+
+
+@pytest.mark.parametrize("pattern", [(1, 8), (3, 8), (5, 16), (2, 4)], ids=str)
+def test_halves_of_several_blocks_give_the_scores_of_their_numbers(pattern, patterned) -> None:
+    p, index = patterned(3, 32, 24, pattern)
+    fan_in = index.shape[1]
+    weight, scale = quantize(p.weight, INT4)
+    assert Layer(weight, p.index, None, pattern, scale).fan_in == fan_in
+    ours = fan_in_topk(p.x, weight, p.index, p.bias, 4, pattern=pattern, scale=scale)
+    wide = dequantize(weight, scale, fan_in)
+    torch.testing.assert_close(ours, fan_in_topk(p.x, wide, index, p.bias, 4))

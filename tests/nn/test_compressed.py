@@ -86,3 +86,11 @@ def test_float8_is_stored_anew() -> None:
     compress_(narrow, Storage("float32"))
     assert narrow.weight_scale is None
     torch.testing.assert_close(narrow.weight.data, before)
+
+
+def test_int4_tells_no_odd_fan_in_of_several_blocks_from_an_even_one() -> None:
+    made = FixedFanInLinear(24, 8, 3, pattern=(1, 8))
+    with pytest.raises(
+        ValueError, match=r"even fan-in for int4 weights of pattern \(1, 8\), got 3"
+    ):
+        compress_(made, Storage("int4"))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.matrix import stored_weight
 from xmc_kernels.checks import check_label_range
+from xmc_kernels.layer import stored_numbers
 from xmc_kernels.packing import unpack_index
 
 _NUMBERS = 1 << 22  # weights gathered at a time
@@ -51,7 +51,7 @@ def _scores(
     weight = _rows(layer.weight, labels)  # [b, C, F], or [b, C, D] of a dense layer
     if isinstance(layer, FixedFanInLinear):
         scale = None if layer.weight_scale is None else layer.weight_scale[labels].flatten()
-        weight = stored_weight(weight.flatten(0, 1), scale, layer.fan_in).float()
+        weight = stored_numbers(weight.flatten(0, 1), scale, layer.fan_in).float()
         weight = weight.view(*labels.shape, layer.fan_in)
         index = _rows(layer.index, labels // layer.group_size)
         if layer.pattern is not None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from xmc.nn.encoder import BagEncoder
 from xmc.nn.fan_in import FixedFanInLinear
-from xmc.nn.matrix import stored_weight
 from xmc.types import Bag
 from xmc_kernels import quantized
-from xmc_kernels.packing import one_block, pack_index, packed_bytes
+from xmc_kernels.layer import stored_numbers
+from xmc_kernels.packing import one_block, pack_index
 
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 _DTYPES = {
@@ -26,7 +26,6 @@ _DTYPES = {
     "int8": quantized.INT8,
     "int4": quantized.INT4,
 }
-_TILE = 2**16  # index rows packed at a time
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,9 @@ def compress_(module: nn.Module, storage: Storage) -> None:
 
     Dense layers take bfloat16 for any dtype but float32: their labels are few or the model is not
     meant to be small.
+
+    Raises ValueError for int4 weights of an N:M pattern with an odd fan-in: their bytes do not
+    tell it from the next.
     """
     for layer in module.modules():
         if isinstance(layer, FixedFanInLinear):
@@ -86,7 +88,7 @@ class CompressedBagEncoder(nn.Module):
     def forward(self, bag: Bag) -> Tensor:  # [B, D]
         present, ids = bag.ids.unique(return_inverse=True)
         scale = None if self.scale is None else self.scale[present]
-        vectors = stored_weight(self.table[present], scale, self.out_features).float()
+        vectors = stored_numbers(self.table[present], scale, self.out_features).float()
         total = F.embedding_bag(
             ids,
             vectors,
@@ -105,11 +107,16 @@ class CompressedBagEncoder(nn.Module):
 
 
 def _compress_layer_(layer: FixedFanInLinear, storage: Storage) -> None:
+    if storage.weight_dtype == "int4" and layer.pattern is not None and layer.fan_in % 2:
+        raise ValueError(
+            f"expected an even fan-in for int4 weights of pattern {layer.pattern}, "
+            f"got {layer.fan_in}"
+        )
     weight, layer.weight_scale = _stored(layer.matrix.numbers(), storage)
     layer.weight = _frozen(weight)
     pattern = one_block(layer.fan_in, layer.in_features)
     if storage.packed and layer.pattern is None and pattern is not None:
-        layer.index_bytes = _packed(layer.index, layer.fan_in, pattern)
+        layer.index_bytes = pack_index(layer.index, pattern)
         layer.pattern = pattern
 
 
@@ -122,16 +129,6 @@ def _stored(numbers: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
         return quantized.quantize(numbers, dtype)
     width = -(-columns // 2) if dtype == quantized.INT4 else columns
     return numbers.new_empty(rows, width, dtype=dtype), numbers.new_empty(rows).float()
-
-
-def _packed(index: Tensor, fan_in: int, pattern: tuple[int, int]) -> Tensor:  # [L/G, P] uint8
-    packed = torch.empty(
-        len(index), packed_bytes(fan_in, pattern), dtype=torch.uint8, device=index.device
-    )
-    if not index.is_meta:
-        for rows, into in zip(index.split(_TILE), packed.split(_TILE), strict=True):
-            into.copy_(pack_index(rows.int(), pattern))
-    return packed
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

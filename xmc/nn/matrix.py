@@ -12,6 +12,7 @@ from torch import Tensor
 from xmc.nn.pattern import index_columns, index_dtype
 from xmc_kernels import float8, quantized
 from xmc_kernels.checks import validate_index
+from xmc_kernels.layer import stored_numbers
 from xmc_kernels.packing import (
     check_pattern,
     pack_index,
@@ -89,7 +90,7 @@ class FixedFanIn:
 
     def numbers(self) -> Tensor:
         """The weights [L, F] as they count: those with a scale as float32, others as they are."""
-        return stored_weight(self.weight, self.scale, self.fan_in)
+        return stored_numbers(self.weight, self.scale, self.fan_in)
 
     def to_dense(self) -> Tensor:
         """The matrix as [L, D], in weight's dtype (float32 where there is a scale)."""
@@ -153,15 +154,6 @@ class FixedFanIn:
             return inputs
         repeated = inputs.unsqueeze(1).expand(-1, self.group_size, -1)
         return repeated.reshape(self.out_features, self.fan_in)
-
-
-def stored_weight(weight: Tensor, scale: Tensor | None, fan_in: int) -> Tensor:  # [R, F]
-    """Rows of weights as they count: those with a scale as float32, others as they are."""
-    if scale is None:
-        return weight
-    if weight.dtype in quantized.DTYPES:
-        return quantized.dequantize(weight, scale, fan_in)
-    return float8.dequantize(weight, scale)
 
 
 def check_sizes(

@@ -16,6 +16,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import overload
 
+from xmc_kernels import quantized
 from xmc_kernels._cpu import threads
 from xmc_kernels._cpu.bfloat16 import widen
 from xmc_kernels._cpu.packed import unpack_rows
@@ -31,6 +32,12 @@ INTEGERS = (
     "unpacked widened_size"
 )
 UPDATED = 1024  # bfloat16 weights that are updated at a time, or a label's if it has more
+_WEIGHTS = {
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,
+    quantized.INT8: np.int8,
+    quantized.INT4: np.uint8,
+}
 _L1 = 2048  # inputs of a block's labels that are spelt out at once, in the first-level cache
 
 
@@ -40,10 +47,8 @@ def kinds(layer: Layer, width: int) -> tuple:
     uint8 is a packed index, or int4 weights; uint16 stands for bfloat16.
     """
     assert layer.index is not None
-    weight = layer.weight.dtype
-    bits = np.uint16 if weight == torch.bfloat16 else torch.empty(0, dtype=weight).numpy().dtype
     index = layer.index.numpy().dtype
-    return index.type, np.dtype(bits).type, shared_labels(layer, width)
+    return index.type, _WEIGHTS[layer.weight.dtype], shared_labels(layer, width)
 
 
 @functools.cache

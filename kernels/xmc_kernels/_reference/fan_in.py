@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xmc_kernels import float8, quantized
-from xmc_kernels.layer import Layer
+from xmc_kernels.layer import Layer, stored_numbers
 from xmc_kernels.packing import unpack_index
 
 
@@ -38,12 +37,8 @@ def tile_index(layer: Layer, start: int, stop: int) -> Tensor:
 
 def tile_weight(layer: Layer, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The weights of labels start..stop as numbers, [stop - start, F]."""
-    rows = layer.weight[start:stop]
-    if layer.scale is None:
-        return rows.to(dtype)
-    if layer.quantized:
-        return quantized.dequantize(rows, layer.scale[start:stop], layer.fan_in, dtype)
-    return float8.dequantize(rows, layer.scale[start:stop], dtype)
+    scale = None if layer.scale is None else layer.scale[start:stop]
+    return stored_numbers(layer.weight[start:stop], scale, layer.fan_in, dtype).to(dtype)
 
 
 def dense_tile(
