@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xmc.distributed.collectives import World, counts_of, gather_rows, sum_
+from xmc.distributed.collectives import World, counts_of, gather_rows
+from xmc.distributed.gradient_sum import sum_in_buckets_
 from xmc.distributed.sharding import RowShard
 
 
@@ -55,7 +56,7 @@ def replicated(
 def sum_gradients_(parameters: Iterable[Tensor], world: World) -> None:
     """Sum the gradients of parameters over ranks, all ranks with the same result.
 
-    One all-reduce of the dense gradients together. Of sparse ones, each rank's touched rows go to
+    All-reduces the dense gradients in buckets. Of sparse ones, each rank's touched rows go to
     all. A parameter without a gradient must have none on any rank.
     """
     if world.size == 1:
@@ -65,11 +66,7 @@ def sum_gradients_(parameters: Iterable[Tensor], world: World) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = _sparse_sum(parameter.grad, world)
     dense = [p.grad for p in trained if p.grad is not None and not p.grad.is_sparse]
-    for dtype in sorted({grad.dtype for grad in dense}, key=str):
-        chosen = [grad for grad in dense if grad.dtype == dtype]
-        flat = sum_(torch.cat([grad.flatten() for grad in chosen]), world)
-        for grad, part in zip(chosen, flat.split([g.numel() for g in chosen]), strict=True):
-            grad.copy_(part.view_as(grad))
+    sum_in_buckets_(dense, world)
 
 
 def own_part(tensor: Tensor) -> Tensor:

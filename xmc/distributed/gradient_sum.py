@@ -1,8 +1,8 @@
-"""The gradients of replicas, summed once a step."""
+"""Gradients summed over ranks, once a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from xmc.distributed.collectives import World
 
+_BUCKET_BYTES = 25 << 20
+
 
 def sum_gradients_(
-    parameters: Iterable[nn.Parameter], world: World, *, bucket_bytes: int = 25 << 20
+    parameters: Iterable[nn.Parameter], world: World, *, bucket_bytes: int = _BUCKET_BYTES
 ) -> None:
     """`p.grad = sum of p.grad over the ranks` for each parameter, the same ones on every rank.
 
@@ -31,9 +33,18 @@ def sum_gradients_(
     has_grad = has_grad.to(trained[0].device)
     dist.all_reduce(has_grad, op=dist.ReduceOp.MAX, group=world.group)
     used = [p for p, is_used in zip(trained, has_grad.tolist(), strict=True) if is_used]
+    sum_in_buckets_([_dense_grad(p) for p in used], world, bucket_bytes=bucket_bytes)
+
+
+def sum_in_buckets_(
+    tensors: Sequence[Tensor], world: World, *, bucket_bytes: int = _BUCKET_BYTES
+) -> None:
+    """The sum over ranks of each tensor, in place; the same shapes and dtypes on every rank.
+
+    Sends them once, in buckets of one dtype and about `bucket_bytes`; holds two of them.
+    """
     under_way = None
-    for bucket in _buckets(used, bucket_bytes):
-        grads = [_dense_grad(p) for p in bucket]
+    for grads in _buckets(tensors, bucket_bytes):
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         work = dist.all_reduce(flat, group=world.group, async_op=True)
         if under_way is not None:
@@ -49,18 +60,17 @@ def _finish_(work: dist.Work, flat: Tensor, grads: list[Tensor]) -> None:
         grad.copy_(part.view(grad.shape))
 
 
-def _buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype and device."""
-    buckets: list[list[nn.Parameter]] = []
+def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
+    """Consecutive tensors of one dtype and device."""
+    buckets: list[list[Tensor]] = []
     room = 0
-    for p in parameters:
-        size = p.numel() * p.element_size()
+    for x in tensors:
         last = buckets[-1][0] if buckets else None
-        if last is None or room < size or (last.dtype, last.device) != (p.dtype, p.device):
+        if last is None or room < x.nbytes or (last.dtype, last.device) != (x.dtype, x.device):
             buckets.append([])
             room = bucket_bytes
-        buckets[-1].append(p)
-        room -= size
+        buckets[-1].append(x)
+        room -= x.nbytes
     return buckets
 
 
