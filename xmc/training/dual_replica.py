@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
-from xmc.data.batches import seeded_generator
 from xmc.data.pairs import Pairs
-from xmc.distributed.data_parallel import replicated, sum_gradients_
+from xmc.distributed.data_parallel import sum_gradients_
 from xmc.model import XMCModel
 from xmc.nn.encoder import BagEncoder
-from xmc.nn.layers import layers_of
 from xmc.nn.tower import Tower
-from xmc.nn.transformer import TransformerEncoder
 from xmc.training.encoder_optimizer import coalesce_gradient_
 from xmc.training.gradient_sync import synchronizers
 from xmc.training.mining import document_tower, label_tower
+from xmc.training.replica import draw_apart_, wrapped
 from xmc.types import SparseLabels
 
 _NOISE = 4  # the stream of dropout, beside those of `xmc.data.batches`, pairs and replicas
@@ -57,12 +55,13 @@ class DualReplica:
         self._chunked = bool(config.contrastive.chunk)
         given = (document_tower(model), label_tower(model))
         encoders = [tower.encoder for tower in given]
-        wrapped = {e: self._wrapped(e, config) for e in dict.fromkeys(encoders)}
+        kind = config.train.data_parallel
+        called = {e: wrapped(e, self.world, kind) for e in dict.fromkeys(encoders)}
         self.towers: tuple[Tower, ...] = given
-        if any(wrapped[e] is not e for e in encoders):
-            self.towers = tuple(Tower(wrapped[t.encoder], t.intermediate) for t in given)
-        self._bags = [e for e in wrapped if isinstance(e, BagEncoder)]
-        wrappers = synchronizers(wrapped.values())
+        if any(called[e] is not e for e in encoders):
+            self.towers = tuple(Tower(called[t.encoder], t.intermediate) for t in given)
+        self._bags = [e for e in called if isinstance(e, BagEncoder)]
+        wrappers = synchronizers(called.values())
         self.passes_must_agree = bool(wrappers)
         summed = {p for wrapper in wrappers for p in wrapper.parameters()}
         of_head = [model.retrieval.log_scale]
@@ -72,13 +71,6 @@ class DualReplica:
             for p in [*self._trained.parameters(), *of_head]
             if p.requires_grad and p not in summed
         ]
-
-    def _wrapped(self, encoder: nn.Module, config: Config) -> nn.Module:
-        if self.world.size == 1 or not isinstance(encoder, TransformerEncoder):
-            return encoder
-        kind = config.train.data_parallel
-        blocks = list(layers_of(encoder.model)[1]) if kind == "fsdp" else []
-        return replicated(encoder, self.world, kind, blocks=blocks)
 
     def share(self, rows: Tensor) -> Share:
         """This rank's part of the rows [R] of all.
@@ -114,8 +106,7 @@ class DualReplica:
         Keyed by step, so that a run goes on alike from a checkpoint.
         """
         if self.world.size > 1 and (self._chunked or not self._bags):
-            key = (self._seed, _NOISE, step, self.world.rank, self.world.size)
-            torch.manual_seed(seeded_generator(*key).initial_seed())
+            draw_apart_(self._seed, _NOISE, step, self.world)
 
     def sum_gradients_(self) -> None:
         """After the backward pass: sum over ranks what no wrapper has summed."""

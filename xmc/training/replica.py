@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from xmc.config import Config
 from xmc.data.batches import BagStore, Dataset, seeded_generator
-from xmc.distributed.collectives import share
+from xmc.distributed.collectives import World, share
 from xmc.distributed.data_parallel import replicated, sum_gradients_
 from xmc.model import XMCModel
 from xmc.nn.encoder import BagEncoder, BagPart
@@ -40,11 +41,7 @@ class Replica:
         self.world = world = model.world
         self._model = model
         self._seed = config.train.seed
-        self._encoder: nn.Module = model.encoder
-        if world.size > 1 and isinstance(model.encoder, TransformerEncoder):
-            kind = config.train.data_parallel
-            blocks = layers_of(model.encoder.model)[1] if kind == "fsdp" else ()
-            self._encoder = replicated(model.encoder, world, kind, blocks=list(blocks))
+        self._encoder = wrapped(model.encoder, world, config.train.data_parallel)
         self._wrappers = synchronizers([self._encoder])
         summed: set[Tensor] = set(self._encoder.parameters()) if self._wrappers else set()
         if isinstance(model.encoder, BagEncoder):
@@ -101,5 +98,18 @@ class Replica:
         for bags, of whose dropout all ranks draw all.
         """
         if self.world.size > 1 and not isinstance(self._model.encoder, BagEncoder):
-            key = (self._seed, _NOISE, step, self.world.rank, self.world.size)
-            torch.manual_seed(seeded_generator(*key).initial_seed())
+            draw_apart_(self._seed, _NOISE, step, self.world)
+
+
+def wrapped(encoder: nn.Module, world: World, kind: Literal["ddp", "fsdp"]) -> nn.Module:
+    """What to call in training: a transformer of several ranks is wrapped, or changed in place."""
+    if world.size == 1 or not isinstance(encoder, TransformerEncoder):
+        return encoder
+    blocks = layers_of(encoder.model)[1] if kind == "fsdp" else ()
+    return replicated(encoder, world, kind, blocks=list(blocks))
+
+
+def draw_apart_(seed: int, stream: int, step: int, world: World) -> None:
+    """Give each rank a random state of its own, the same whenever the step is taken."""
+    key = (seed, stream, step, world.rank, world.size)
+    torch.manual_seed(seeded_generator(*key).initial_seed())
