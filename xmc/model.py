@@ -229,14 +229,19 @@ def save_model(model: XMCModel, folder: Path) -> None:
 
     def describe() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        model.features.save(folder / "features")
-        if isinstance(model.encoder, TransformerEncoder):
-            model.encoder.save_config(folder / "encoder")
+        save_inputs(model, folder)
         write_labels(folder / "labels.json.gz", model.labels)
 
     on_rank(0, describe, model.world)
     save_weights(model, folder)
     on_rank(0, lambda: write_json(folder / "model.json", record), model.world)
+
+
+def save_inputs(model: XMCModel, folder: Path) -> None:
+    """Write what makes inputs of texts and, of a transformer, the options of its own."""
+    model.features.save(folder / "features")
+    if isinstance(model.encoder, TransformerEncoder):
+        model.encoder.save_config(folder / "encoder")
 
 
 def save_weights(model: XMCModel, folder: Path) -> None:

@@ -11,11 +11,10 @@ from safetensors.torch import save_file
 from xmc.config import to_dict
 from xmc.data.label_file import write_label_file
 from xmc.files import new_folder, write_file, write_json
-from xmc.model import XMCModel, compress_model_, load_model
+from xmc.model import XMCModel, compress_model_, load_model, save_inputs
 from xmc.model_files import EXPORTED, checksum
 from xmc.nn.compressed import Storage, WeightDtype
 from xmc.nn.lora import merged_weights
-from xmc.nn.transformer import TransformerEncoder
 from xmc.runs import model_folder
 
 
@@ -78,9 +77,7 @@ def export(
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }
     with new_folder(out) as folder:
-        small.features.save(folder / "features")
-        if isinstance(small.encoder, TransformerEncoder):
-            small.encoder.save_config(folder / "encoder")
+        save_inputs(small, folder)
         write_file(folder / "labels.safetensors", lambda path: write_label_file(small.labels, path))
         write_file(folder / "weights.safetensors", lambda path: save_file(tensors, path))
         write_json(folder / "model.json", record)
