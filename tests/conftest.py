@@ -64,6 +64,22 @@ def save_bert() -> Callable[..., Path]:
     return save
 
 
+@pytest.fixture(scope="session")
+def bert_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of a small BERT, for plans; no weights."""
+    from transformers import BertConfig
+
+    folder = tmp_path_factory.mktemp("bert")
+    BertConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+    ).save_pretrained(folder)
+    return folder
+
+
 def _module(name: str) -> ModuleType:
     """A file of this folder, which stays off `sys.path`."""
     path = Path(__file__).with_name(f"{name}.py")

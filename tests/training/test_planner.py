@@ -253,27 +253,11 @@ def test_the_peak_is_that_of_the_largest_phase() -> None:
     assert "rewiring" in rewired.phases and "rewiring" not in plan.phases
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shape of a small BERT; no weights."""
-    from transformers import BertConfig
-
-    folder = tmp_path_factory.mktemp("bert")
-    BertConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-    ).save_pretrained(folder)
-    return folder
-
-
-def token_config(bert: Path, **encoder: Any) -> Config:
+def token_config(bert_shape: Path, **encoder: Any) -> Config:
     return from_dict(
         {
             "features": {"kind": "tokens", "max_length": 32},
-            "encoder": {"kind": "transformer", "model": str(bert), **encoder},
+            "encoder": {"kind": "transformer", "model": str(bert_shape), **encoder},
             "head": {"fan_in": 16},
             "train": {"batch_size": 8},
         },
@@ -309,17 +293,17 @@ def saved_bytes(config: Config, rows: int) -> int:
 
 
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])
-def test_activations_are_what_autograd_keeps(bert: Path, autocast: str) -> None:
-    config = token_config(bert, autocast=autocast)
+def test_activations_are_what_autograd_keeps(bert_shape: Path, autocast: str) -> None:
+    config = token_config(bert_shape, autocast=autocast)
     sizes = make_sizes(config, workload_of(num_features=100))
     predicted = activation_bytes(sizes.encoder, config, 8, cuda=False)
     assert predicted == pytest.approx(saved_bytes(config, 8), rel=0.1)
 
 
-def test_checkpointing_keeps_the_layers_inputs(bert: Path) -> None:
-    config = token_config(bert, checkpointing=True)
+def test_checkpointing_keeps_the_layers_inputs(bert_shape: Path) -> None:
+    config = token_config(bert_shape, checkpointing=True)
     sizes = make_sizes(config, workload_of(num_features=100))
-    with_all = make_sizes(token_config(bert), workload_of(num_features=100))
+    with_all = make_sizes(token_config(bert_shape), workload_of(num_features=100))
     tokens = 8 * 32
     # A layer that is computed again exists beside what autograd keeps in the forward pass.
     recomputed = activation_bytes(with_all.encoder, with_all.config, 8, cuda=False) / 3
@@ -329,16 +313,16 @@ def test_checkpointing_keeps_the_layers_inputs(bert: Path) -> None:
     assert predicted >= 3 * 4 * tokens * 64
 
 
-def test_a_transformer_is_counted_by_its_config(bert: Path) -> None:
+def test_a_transformer_is_counted_by_its_config(bert_shape: Path) -> None:
     from transformers import AutoConfig, AutoModel
 
-    model = AutoModel.from_config(AutoConfig.from_pretrained(bert))
+    model = AutoModel.from_config(AutoConfig.from_pretrained(bert_shape))
     everything = sum(p.numel() for p in model.parameters())
     pooler = sum(p.numel() for p in model.pooler.parameters())
-    sizes = make_sizes(token_config(bert), workload_of(num_features=100))
+    sizes = make_sizes(token_config(bert_shape), workload_of(num_features=100))
     assert sizes.encoder.weights == everything
     assert sizes.encoder.trained == everything - pooler
-    frozen = make_sizes(token_config(bert, freeze_layers=3), workload_of(num_features=100))
+    frozen = make_sizes(token_config(bert_shape, freeze_layers=3), workload_of(num_features=100))
     assert frozen.encoder.trained == 0
     # 2 a weight and token forward, 4 backward: torch's own count of the products.
     from torch.utils.flop_counter import FlopCounterMode
@@ -352,8 +336,8 @@ def test_a_transformer_is_counted_by_its_config(bert: Path) -> None:
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_on_a_gpu_only_the_card_decides(bert: Path) -> None:
-    sizes = make_sizes(token_config(bert), workload_of(10**6, num_features=100), "cuda")
+def test_on_a_gpu_only_the_card_decides(bert_shape: Path) -> None:
+    sizes = make_sizes(token_config(bert_shape), workload_of(10**6, num_features=100), "cuda")
     phases = training_phases(sizes)
     for parts in phases.values():
         names = {part.name for part in on_device(parts, "cuda")}
@@ -388,9 +372,9 @@ def test_changes_lower_the_peak_until_it_fits() -> None:
     assert make_plan(config, workload, memory=1_500_000_000).fits
 
 
-def test_what_costs_nothing_is_proposed_first(bert: Path) -> None:
+def test_what_costs_nothing_is_proposed_first(bert_shape: Path) -> None:
     workload = workload_of(num_features=100)
-    config = with_settings(token_config(bert), {"train.batch_size": 4096})
+    config = with_settings(token_config(bert_shape), {"train.batch_size": 4096})
     plan = make_plan(config, workload, memory=make_plan(config, workload).peak - 1)
     assert plan.changes[0].settings == ("encoder.checkpointing=true",)
     assert len(plan.changes) == 1
@@ -584,7 +568,7 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
         plan_recipe(config_of(), **options)
 
 
-def test_what_cannot_be_counted_is_named(bert: Path) -> None:
+def test_what_cannot_be_counted_is_named(bert_shape: Path) -> None:
     with pytest.raises(ConfigError, match="nope: no such recipe file, nor a shipped recipe"):
         plan_recipe("nope", num_labels=5)
     tfidf = config_of(features={"vocabulary": "tfidf"})

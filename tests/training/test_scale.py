@@ -45,27 +45,15 @@ def workload_of(num_labels: int = 1000, **sizes: Any) -> Workload:
     return Workload(num_labels=num_labels, **{**options, **sizes})
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shape of a small BERT; no weights."""
-    from transformers import BertConfig
-
-    folder = tmp_path_factory.mktemp("bert")
-    BertConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-    ).save_pretrained(folder)
-    return folder
-
-
-def token_config(bert: Path, *, checkpointing: bool = False, **train: Any) -> Config:
+def token_config(bert_shape: Path, *, checkpointing: bool = False, **train: Any) -> Config:
     return from_dict(
         {
             "features": {"kind": "tokens", "max_length": 32},
-            "encoder": {"kind": "transformer", "model": str(bert), "checkpointing": checkpointing},
+            "encoder": {
+                "kind": "transformer",
+                "model": str(bert_shape),
+                "checkpointing": checkpointing,
+            },
             "head": {"fan_in": 16},
             "train": {"batch_size": 8, **train},
         },
@@ -180,16 +168,16 @@ def test_rows_of_a_step_are_gathered_and_encoded_in_parts() -> None:
     assert bytes_of(gpu["validation"], "gathered top-k") == 12 * 512 * 5 * 3
 
 
-def test_a_transformer_is_whole_or_divided(bert: Path) -> None:
+def test_a_transformer_is_whole_or_divided(bert_shape: Path) -> None:
     from xmc.nn.transformer import TransformerEncoder
 
-    encoder = TransformerEncoder.from_config(str(bert))
+    encoder = TransformerEncoder.from_config(str(bert_shape))
     weights = sum(p.numel() for p in encoder.parameters())
     trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)  # no pooler
     layer = sum(p.numel() for p in encoder.model.encoder.layer[0].parameters())
     found = {}
     for kind in ("ddp", "fsdp"):
-        config = token_config(bert, data_parallel=kind)
+        config = token_config(bert_shape, data_parallel=kind)
         sizes = make_sizes(config, workload_of(num_features=100), world_size=4)
         found[kind] = training_phases(sizes)["training step"]
     assert bytes_of(found["ddp"], "encoder weights") == 4 * weights
@@ -205,7 +193,10 @@ def test_a_transformer_is_whole_or_divided(bert: Path) -> None:
             message.bytes
             for message in messages(
                 make_sizes(
-                    token_config(bert, data_parallel=kind), workload_of(), "cuda", world_size=4
+                    token_config(bert_shape, data_parallel=kind),
+                    workload_of(),
+                    "cuda",
+                    world_size=4,
                 )
             )
             if message.name.startswith("encoder")
@@ -337,10 +328,10 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not() -> None:
     assert plan_scale(few, [2]).searched == 10
 
 
-def test_what_to_change_is_tried_on_the_ranks_asked_for(bert: Path) -> None:
+def test_what_to_change_is_tried_on_the_ranks_asked_for(bert_shape: Path) -> None:
     """A transformer in parts is proposed on several ranks only."""
     config, workload = (
-        token_config(bert, checkpointing=True, batch_size=1),
+        token_config(bert_shape, checkpointing=True, batch_size=1),
         workload_of(1000, num_features=100),
     )
     most = dataclasses.replace(make_plan(config, workload, device="cuda"), memory=10**12)
@@ -351,7 +342,7 @@ def test_what_to_change_is_tried_on_the_ranks_asked_for(bert: Path) -> None:
     assert "train.data_parallel=fsdp" in found
     changed = plan_scale(
         make_plan(
-            token_config(bert, checkpointing=True, batch_size=1, data_parallel="fsdp"),
+            token_config(bert_shape, checkpointing=True, batch_size=1, data_parallel="fsdp"),
             workload,
             device="cuda",
             memory=limit,
